@@ -1,0 +1,21 @@
+# `make train` and `make test` need python3 (3.10 or newer) and nothing else installed.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: train test
+train: .venv/.run
+	$(BIN)/python train_custom.py $(ARGS)
+
+test: .venv/.test
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest
+
+.venv/.run: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check -r requirements.txt
+	touch $@
+
+.venv/.test: .venv/.run Makefile
+	$(BIN)/python -m pip install --disable-pip-version-check "pytest>=8" "ruff>=0.9"
+	touch $@

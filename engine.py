@@ -1,0 +1,304 @@
+"""Optimiser and schedule, one step, a whole training that can stop and go on anywhere."""
+
+import math
+import shlex
+import signal
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import checkpoint
+from cli import Stopped
+from compute import compile_or_not, forward, now, train_mode
+from config import TrainConfig
+from files import write_atomically
+
+COLUMNS = (
+    "epoch",
+    "step",
+    "lr",
+    "train_loss",
+    "train_accuracy",
+    "val_loss",
+    "val_accuracy",
+    "images_per_second",
+    "seconds",
+)
+# Columns that depend on the machine's mood; all others repeat to the last digit.
+TIMINGS = ("images_per_second", "seconds")
+
+
+class Batches(Protocol):
+    """What `fit` trains on; `data.TrainBatches` is one."""
+
+    num_images: int
+    num_steps: int
+
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yields inputs and labels from the given step of an epoch."""
+
+
+def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
+    """Groups the trainable parameters for `make_optimizer`.
+
+    With AdamW, decay spares biases and BatchNorm: it would pull scales towards 0 without making the
+    function any simpler. Adam is the original project's: decay, coupled, on everything.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if config.optimizer == "adam":
+        return [{"params": trained, "weight_decay": config.weight_decay, "lr_scale": 1.0}]
+    matrices = [p for p in trained if p.ndim > 1]
+    vectors = [p for p in trained if p.ndim == 1]
+    return [
+        {"params": matrices, "weight_decay": config.weight_decay, "lr_scale": 1.0},
+        {"params": vectors, "weight_decay": 0.0, "lr_scale": config.bias_lr_scale},
+    ]
+
+
+def make_optimizer(groups: list[dict[str, Any]], config: TrainConfig) -> torch.optim.Optimizer:
+    """Adam or AdamW over groups that carry `lr_scale`, one fused kernel a step."""
+    kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
+    # beta2 0.99 forgets fast enough for runs of a few thousand steps; Adam's own is 0.999.
+    betas = (0.9, 0.99) if config.optimizer == "adamw" else (0.9, 0.999)
+    return kind(
+        [group for group in groups if group["params"]], lr=config.lr, betas=betas, fused=True
+    )
+
+
+def lr_factor(step: int, num_steps: int, warmup: float) -> float:
+    """Learning rate relative to its peak: a linear rise, then half a cosine down to 0.
+
+    Args:
+        step: optimiser step, from 0.
+        num_steps: of the whole training.
+        warmup: share of the steps that rise.
+    """
+    rise = warmup * num_steps
+    if step < rise:
+        return (step + 1) / (rise + 1)
+    return 0.5 * (1 + math.cos(math.pi * (step - rise) / (num_steps - rise)))
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """Where a training keeps its state and its history, and the command that resumes it."""
+
+    state_path: Path
+    history_path: Path
+    resume_command: list[str]
+
+
+def fit(
+    model: nn.Module,
+    groups: list[dict[str, Any]],
+    batches: Batches,
+    validate: Callable[[], tuple[float, float]] | None,
+    config: TrainConfig,
+    precision: str,
+    files: RunFiles,
+    state: dict[str, Any] | None = None,
+) -> list[dict[str, Any]]:
+    """Trains a model in place; the one place that prints the progress of a training.
+
+    Args:
+        model: on its device, channels_last.
+        groups: parameter groups with `lr_scale`.
+        batches: yields the training data, a pure function of (epoch, step).
+        validate: loss (nats) and top-1 accuracy on the validation split, or None without one.
+        config: epochs, learning rate, label smoothing, minutes between saves.
+        precision: "fp32" or "bf16".
+        files: where to keep state and history.
+        state: what an interrupted run saved, to continue exactly from there.
+
+    Returns:
+        The history: a dict of `COLUMNS` for each epoch.
+
+    Raises:
+        Stopped: Ctrl-C or SIGTERM came; the state is saved.
+        FloatingPointError: loss or gradient is not finite; the last good state is kept.
+    """
+    device = next(model.parameters()).device
+    optimizer = make_optimizer(groups, config)
+    parameters = [p for group in groups for p in group["params"]]
+    num_steps = config.epochs * batches.num_steps
+    history: list[dict[str, Any]] = []
+    epoch = step = 0
+    sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, correct, images
+    spent = {"total": 0.0, "epoch": 0.0}  # seconds
+    if state:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["rng"])
+        history, epoch, step, spent = (state[k] for k in ("history", "epoch", "step", "spent"))
+        sums.copy_(state["sums"])
+    network = compile_or_not(model, config.compile, device)
+    write_history(files.history_path, history)
+    clock = saved = time.perf_counter()
+
+    def tick(training: bool) -> None:
+        nonlocal clock
+        begin, clock = clock, now(device)
+        spent["total"] += clock - begin
+        if training:
+            spent["epoch"] += clock - begin
+
+    def save_state() -> bool:
+        nonlocal saved
+        saved = time.perf_counter()
+        content = {
+            "config": config.plain(),
+            "precision": precision,
+            "epoch": epoch,
+            "step": step,
+            "history": history,
+            "spent": dict(spent),
+            "sums": sums.cpu(),
+            "rng": torch.get_rng_state(),
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+        }
+        try:
+            checkpoint.save_state(files.state_path, content)
+        except OSError as error:
+            print(f"warning: state not saved ({error}); training goes on", flush=True)
+            return False
+        return True
+
+    if not state:
+        print(_HEADER, flush=True)
+    with _signals() as received:
+        while epoch < config.epochs:
+            train_mode(model)
+            with tqdm(
+                total=batches.num_images,
+                initial=int(sums[2]),
+                desc=f"epoch {epoch + 1}/{config.epochs}",
+                unit="img",
+                disable=None,
+                leave=False,
+                dynamic_ncols=True,
+            ) as bar:
+                for x, labels in batches.epoch(epoch, step):
+                    done = epoch * batches.num_steps + step
+                    lr = config.lr * lr_factor(done, num_steps, config.warmup)
+                    for group in optimizer.param_groups:
+                        group["lr"] = lr * group["lr_scale"]
+                    logits = forward(network, x, precision)
+                    loss = F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
+                    loss.backward()
+                    norm = nn.utils.get_total_norm([p.grad for p in parameters])
+                    bad = ~torch.isfinite(norm + loss.detach())
+                    optimizer.found_inf = bad.float()  # the fused kernel then changes nothing
+                    optimizer.step()
+                    optimizer.zero_grad()
+                    with torch.no_grad():
+                        correct = (logits.argmax(1) == labels).sum()
+                        size = torch.full_like(correct, len(labels))
+                        sums += torch.stack([loss.detach() * len(labels), correct, size])
+                    step += 1
+                    bar.update(len(labels))
+                    # Reading a number waits for a GPU, so that there it is done now and then.
+                    if device.type == "cpu" or step % 50 == 0 or step == batches.num_steps:
+                        if not torch.isfinite(sums[0]) or bad:
+                            raise FloatingPointError(_not_finite(epoch, step, lr, precision, files))
+                        bar.set_postfix_str(f"loss {sums[0] / sums[2]:.3f} acc {_percent(sums)}")
+                    due = received or time.perf_counter() - saved > 60 * config.save_every
+                    if due and step < batches.num_steps:  # at its last step the epoch's end saves
+                        tick(training=True)
+                        kept = save_state()
+                        if received:
+                            raise Stopped(received[0], _stopped(kept, files))
+            tick(training=True)
+            loss, accuracy, images = sums.tolist()
+            val_loss, val_accuracy = validate() if validate else (None, None)
+            tick(training=False)
+            values = (
+                epoch + 1,
+                (epoch + 1) * batches.num_steps,
+                lr,
+                loss / images,
+                accuracy / images,
+                val_loss,
+                val_accuracy,
+                images / spent["epoch"],
+                spent["total"],
+            )
+            history.append(dict(zip(COLUMNS, values, strict=True)))
+            print(_line(history[-1], config.epochs), flush=True)
+            write_history(files.history_path, history)
+            epoch, step = epoch + 1, 0
+            sums.zero_()
+            spent["epoch"] = 0.0
+            kept = save_state()
+            if received and epoch < config.epochs:
+                raise Stopped(received[0], _stopped(kept, files))
+    return history
+
+
+def write_history(path: Path, history: Iterable[dict[str, Any]]) -> None:
+    """Writes history.csv whole; a missing validation value is an empty field."""
+    lines = [list(COLUMNS)] + [
+        ["" if row[name] is None else f"{row[name]:.8g}" for name in COLUMNS] for row in history
+    ]
+    write_atomically(path, "".join(",".join(line) + "\n" for line in lines))
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Collects the first Ctrl-C or SIGTERM instead of breaking off; the second breaks off."""
+    received: list[int] = []
+
+    def note(number: int, frame: object) -> None:
+        if received:
+            raise Stopped(number, "stopped at once; the last saved state is untouched")
+        received.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+_HEADER = (
+    f"{'epoch':>7} {'lr':>8} {'train loss':>11} {'acc':>8} {'val loss':>9} {'acc':>8}"
+    f" {'images/s':>9} {'elapsed':>9}"
+)
+
+
+def _line(row: dict[str, Any], epochs: int) -> str:
+    val_loss = "-" if row["val_loss"] is None else f"{row['val_loss']:.4f}"
+    val = "-" if row["val_accuracy"] is None else f"{100 * row['val_accuracy']:.2f} %"
+    minutes, seconds = divmod(round(row["seconds"]), 60)
+    return (
+        f"{row['epoch']:>3}/{epochs:<3} {row['lr']:>8.1e} {row['train_loss']:>11.4f}"
+        f" {100 * row['train_accuracy']:>6.2f} % {val_loss:>9} {val:>8}"
+        f" {row['images_per_second']:>9,.0f} {minutes:>6}:{seconds:02}"
+    )
+
+
+def _percent(sums: Tensor) -> str:
+    return f"{100 * sums[1] / sums[2]:.1f} %"
+
+
+def _stopped(kept: bool, files: RunFiles) -> str:
+    what = "state saved" if kept else "state NOT saved, an older one may exist"
+    return f"stopped, {what}; continue with\n  {shlex.join(files.resume_command)}"
+
+
+def _not_finite(epoch: int, step: int, lr: float, precision: str, files: RunFiles) -> str:
+    wider = " or --precision fp32" if precision == "bf16" else ""
+    return (
+        f"loss or gradient not finite in epoch {epoch + 1}, step {step}, learning rate {lr:.2g}; "
+        f"nothing was learned from it and {files.state_path} keeps the last good state, if one was "
+        f"saved: try a lower --lr{wider}"
+    )

@@ -1,0 +1,169 @@
+"""Judges saved checkpoints on the test set, compares them, and classifies your own pictures."""
+
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import checkpoint
+import cli
+import pictures
+import reports
+from compute import predict, select_device
+from downloads import cifar10
+from files import sha256
+from runs import environment
+
+
+def parser() -> cli.Parser:
+    """The command line."""
+    parser = cli.Parser(prog="evaluate.py", description=__doc__)
+    add = parser.add_argument
+    add("checkpoints", nargs="*", type=Path, metavar="CHECKPOINT", help="default: all finished")
+    add("--tta", choices=("none", "flip", "crops"), default="none", help="views to average over")
+    add("--predict", nargs="+", type=Path, metavar="PATH", help="classify pictures or folders")
+    add("--data-dir", type=Path, default=Path("data"), help="where CIFAR-10 is kept")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
+    add("--batch-size", type=int, default=500, help="images at a time")
+    add("--checkpoint-dir", type=Path, default=Path("checkpoints"), help="where weights are")
+    add("--results-dir", type=Path, default=Path("results"), help="where numbers and pictures go")
+    return parser
+
+
+def finished(folder: Path) -> list[Path]:
+    """The finished checkpoints of a folder, by name."""
+    return sorted(p for p in folder.glob("*.pt") if not p.name.endswith(".resume.pt"))
+
+
+def judge(
+    path: Path,
+    *,
+    tta: str,
+    data_dir: Path,
+    device: torch.device,
+    batch_size: int,
+    results_dir: Path,
+) -> dict:
+    """Evaluates a checkpoint on the test set and writes its `test.json` and pictures.
+
+    Returns:
+        The content of test.json.
+    """
+    model, saved = checkpoint.load_model(path, device)
+    arrays = cifar10(data_dir)
+    limit = saved["config"].get("limit")
+    images = torch.from_numpy(arrays.test_images[:limit]).to(device)
+    labels = torch.from_numpy(arrays.test_labels[:limit].astype(np.int64))
+    begin = time.perf_counter()
+    options = {"mean": saved["mean"], "std": saved["std"], "batch_size": batch_size}
+    logits = predict(model, images, **options)
+    logits_tta = None if tta == "none" else predict(model, images, tta=tta, **options)
+    return reports.write_test_report(
+        results_dir / saved["name"],
+        logits=logits,
+        labels=labels,
+        logits_tta=logits_tta,
+        temperature=saved["metrics"].get("temperature"),
+        images=images.cpu(),
+        classes=saved["classes"],
+        name=saved["name"],
+        extra={
+            "tta": tta,
+            "checkpoint_sha256": sha256(path),
+            "device": environment(device)["hardware"],
+            "seconds": round(time.perf_counter() - begin, 1),
+        },
+    )
+
+
+def summary_lines(report: dict) -> str:
+    """The figures of a test report as text for the terminal."""
+    lines = [f"top-1 accuracy    {100 * report['top1']:.2f} % of {report['n']:,} test images"]
+    if report["top1_tta"] is not None:
+        lines.append(f"  with TTA        {100 * report['top1_tta']:.2f} % ({report['tta']})")
+    lines.append(f"cross-entropy     {report['loss']:.4f} nats")
+    lines.append(f"calibration error {100 * report['ece']:.2f} %")
+    if report["ece_calibrated"] is not None:
+        lines.append(
+            f"  after scaling   {100 * report['ece_calibrated']:.2f} % "
+            f"(temperature {report['temperature']:.3f}, fitted on validation images)"
+        )
+    return "\n".join(lines)
+
+
+def classify(path: Path, wanted: list[Path], device: torch.device) -> None:
+    """Prints the three likeliest classes of each picture.
+
+    Raises:
+        ValueError: some pictures could not be read; the others have been printed.
+    """
+    model, saved = checkpoint.load_model(path, device)
+    unreadable = 0
+    files = list(pictures.find(wanted))
+    if not files:
+        raise ValueError(f"--predict {' '.join(map(str, wanted))}: no pictures there")
+    width = max(len(file.name) for file in files)
+    for file in files:
+        try:
+            image = torch.from_numpy(pictures.load(file).copy())[None].to(device)
+        except ValueError as error:
+            print(f"error: {error}", file=sys.stderr)
+            unreadable += 1
+            continue
+        logits = predict(model, image, saved["mean"], saved["std"], tta="flip")[0]
+        probabilities = (logits / (saved["metrics"].get("temperature") or 1.0)).softmax(0)
+        top = probabilities.topk(3)
+        guesses = (
+            f"{saved['classes'][index]} {100 * value:.1f} %"
+            for value, index in zip(top.values.tolist(), top.indices.tolist(), strict=True)
+        )
+        print(f"{file.name:<{width}}  {', '.join(guesses)}", flush=True)
+    if unreadable:
+        raise ValueError(f"{unreadable} of {len(files)} pictures could not be read, named above")
+
+
+def evaluate(argv: list[str] | None) -> None:
+    """Does what the command line says and prints it."""
+    args = parser().parse_args(argv)
+    device = select_device(args.device)
+    if args.batch_size < 1:
+        raise ValueError(f"--batch-size {args.batch_size}: must be at least 1")
+    checkpoints = args.checkpoints or finished(args.checkpoint_dir)
+    if not checkpoints:
+        raise FileNotFoundError(
+            f"no finished checkpoint in {args.checkpoint_dir}/: run `python train_custom.py` "
+            "first, or name one"
+        )
+    if args.predict:
+        for path in checkpoints:
+            if len(checkpoints) > 1:
+                print(f"{path}:")
+            classify(path, args.predict, device)
+        return
+    for path in checkpoints:
+        report = judge(
+            path,
+            tta=args.tta,
+            data_dir=args.data_dir,
+            device=device,
+            batch_size=args.batch_size,
+            results_dir=args.results_dir,
+        )
+        run_dir = args.results_dir / report["name"]
+        print(f"{path}\n{summary_lines(report)}\n\n{reports.per_class_table(report)}\n")
+        print(f"numbers  {run_dir}/test.json\npictures {run_dir}/*.png\n", flush=True)
+    rows = reports.write_results_readme(args.results_dir)
+    if not args.checkpoints:
+        print(reports.terminal_table(rows))
+        print(f"table    {args.results_dir / 'README.md'}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the script; returns its exit code."""
+    return cli.exit_code(lambda: evaluate(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

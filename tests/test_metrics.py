@@ -1,0 +1,118 @@
+import json
+import math
+
+import pytest
+import torch
+
+import metrics
+
+LOGITS = torch.tensor([[2.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 3.0, 0.0], [0.0, 0.0, 1.0]])
+LABELS = torch.tensor([0, 1, 0, 1])
+
+
+def overconfident(scale, n=4000, num_classes=10):
+    """Logits whose labels are drawn from their own softmax, then multiplied by `scale`."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 2 * torch.randn(n, num_classes, generator=generator, dtype=torch.float64)
+    labels = torch.multinomial(logits.softmax(1), 1, generator=generator)[:, 0]
+    return scale * logits, labels
+
+
+def test_metrics_equal_hand_computed_values():
+    assert metrics.top1(LOGITS, LABELS) == 0.5
+    assert metrics.confusion_matrix(LOGITS, LABELS).tolist() == [[1, 1, 0], [0, 1, 1], [0, 0, 0]]
+    per_class = metrics.per_class_accuracy(LOGITS, LABELS)
+    assert per_class[:2].tolist() == [0.5, 0.5]
+    assert per_class[2].isnan()
+    e = math.e
+    losses = math.log(e**2 + 2) - 2, math.log(e + 2) - 1, math.log(e**3 + 2), math.log(e + 2)
+    assert metrics.cross_entropy(LOGITS, LABELS) == pytest.approx(sum(losses) / 4, rel=1e-7)
+
+
+def test_confusion_matrix_equals_a_loop_and_holds_the_other_accuracies():
+    logits, labels = overconfident(1.0, n=500)
+    matrix = torch.zeros(10, 10, dtype=torch.int64)
+    for true, predicted in zip(labels, logits.argmax(1), strict=True):
+        matrix[true, predicted] += 1
+    assert metrics.confusion_matrix(logits, labels).equal(matrix)
+    assert metrics.top1(logits, labels) == matrix.trace() / 500
+    assert metrics.per_class_accuracy(logits, labels).equal(matrix.diag() / matrix.sum(1).double())
+
+
+def two_class(probability, num_correct, n):
+    """N images of class 0 or 1, all predicted as class 0 with one probability."""
+    logits = torch.tensor([probability, 1 - probability], dtype=torch.float64).log().expand(n, 2)
+    return logits, (torch.arange(n) >= num_correct).long()
+
+
+@pytest.mark.parametrize(
+    ("num_correct", "expected"),
+    [(8, 0.0), (5, 0.3), (10, 0.2)],
+    ids=["calibrated", "over", "under"],
+)
+def test_calibration_error_of_known_constructs(num_correct, expected):
+    bins = metrics.calibration_bins(*two_class(0.8, num_correct, 10))
+    assert bins.count.sum() == bins.count[11] == 10  # (11/15, 12/15] closes on its right
+    assert metrics.expected_calibration_error(bins) == pytest.approx(expected, abs=1e-12)
+
+
+def test_calibration_error_equals_a_loop_over_the_bins():
+    logits, labels = overconfident(2.0, n=300)
+    confidence, predicted = logits.softmax(1).max(1)
+    expected = 0.0
+    for lower in range(15):
+        inside = (confidence > lower / 15) & (confidence <= (lower + 1) / 15)
+        gap = (confidence[inside] - (predicted == labels)[inside].double()).sum().abs()
+        expected += gap.item() / 300
+    bins = metrics.calibration_bins(logits, labels)
+    assert metrics.expected_calibration_error(bins) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("scale", [0.3, 1.0, 3.0])
+def test_temperature_recovers_a_known_scaling(scale):
+    logits, labels = overconfident(scale)
+    assert metrics.fit_temperature(logits.float(), labels) == pytest.approx(scale, rel=0.05)
+
+
+@pytest.mark.parametrize("scale", [0.01, 0.5, 4.0, 500.0])
+def test_temperature_is_a_minimum_within_its_range(scale):
+    logits, labels = overconfident(scale, n=200)
+    fitted = metrics.fit_temperature(logits, labels)
+    best = metrics.cross_entropy(logits / fitted, labels)
+    for other in (1.0, *(min(max(fitted * f, 0.05), 20) for f in (0.5, 0.99, 1.01, 2))):
+        assert best <= metrics.cross_entropy(logits / other, labels) + 1e-12
+
+
+def test_temperature_of_all_right_and_of_all_wrong_is_an_end_of_the_range():
+    logits, labels = two_class(0.9, num_correct=10, n=10)
+    assert metrics.fit_temperature(logits, labels) == pytest.approx(0.05)
+    assert metrics.fit_temperature(logits, 1 - labels) == pytest.approx(20)
+
+
+def test_summary_is_strict_json_and_says_none_for_what_is_missing():
+    summary = metrics.summarize(LOGITS, LABELS, None, classes=("a", "b", "c"))
+    assert json.loads(json.dumps(summary, allow_nan=False)) == summary
+    assert summary["n"] == 4
+    assert summary["per_class"] == {"a": 0.5, "b": 0.5, "c": None}
+    assert summary["top1_tta"] is summary["temperature"] is summary["ece_calibrated"] is None
+
+    logits, labels = overconfident(3.0)
+    perfect = torch.eye(10)[labels]
+    classes = [str(c) for c in range(10)]
+    summary = metrics.summarize(logits, labels, 3.0, logits_tta=perfect, classes=classes)
+    assert summary["top1"] < summary["top1_tta"] == 1
+    assert summary["ece_calibrated"] < 0.05 < summary["ece"]
+
+
+@pytest.mark.parametrize(
+    ("logits", "labels", "message"),
+    [
+        (LOGITS, LABELS[:3], "labels"),
+        (LOGITS[:0], LABELS[:0], "at least 1"),
+        (LOGITS * float("nan"), LABELS, "diverged"),
+    ],
+    ids=["shapes", "empty", "nan"],
+)
+def test_unusable_logits_are_refused_by_name(logits, labels, message):
+    with pytest.raises(ValueError, match=message):
+        metrics.summarize(logits, labels, None, classes=("a", "b", "c"))
