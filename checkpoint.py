@@ -3,9 +3,6 @@
 import hashlib
 import io
 import os
-import pickle
-import struct
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,24 +10,58 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import tensorfile
+from config import is_file_name
 from files import write_atomically
-from models import create_model
+from models import create_model, num_outputs
 
 FORMAT = "cifar10-pytorch/1"
 # Besides tensors, dicts, lists and tuples; a subclass of these may need code to be read.
 PLAIN = (str, int, float, bool, type(None))
-# What a finished checkpoint must hold, and the type of each.
+
+
+# What a resume state must hold; `engine.fit` writes it.
+STATE = {
+    *("config", "precision", "identity", "epoch", "step", "history", "spent", "sums"),
+    *("rng", "cuda_rng", "model", "optimizer"),
+}
+
+
+def _three_numbers(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) == 3
+        and all(isinstance(entry, float) and 0 <= entry < 10 for entry in value)
+    )
+
+
+def _is_dict(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+def _settings(value: Any) -> bool:
+    return _is_dict(value) and (value.get("limit") is None or type(value["limit"]) is int)
+
+
+def _measured(value: Any) -> bool:
+    temperature = value.get("temperature") if _is_dict(value) else ""
+    return temperature is None or (isinstance(temperature, float) and 0 < temperature < 1e3)
+
+
+# What a finished checkpoint must hold, and what each must satisfy.
 FIELDS = {
-    "name": str,
-    "arch": str,
-    "surgery": dict,
-    "classes": list,
-    "mean": list,
-    "std": list,
-    "config": dict,
-    "metrics": dict,
-    "environment": dict,
-    "state_dict": dict,
+    "name": lambda value: isinstance(value, str) and is_file_name(value),
+    "arch": lambda value: isinstance(value, str),
+    "surgery": _is_dict,
+    "classes": lambda value: (
+        isinstance(value, list) and len(value) == 10 and all(isinstance(v, str) for v in value)
+    ),
+    "mean": _three_numbers,
+    "std": lambda value: _three_numbers(value) and min(value) > 0,
+    "config": _settings,
+    "metrics": _measured,
+    "environment": _is_dict,
+    "state_dict": _is_dict,
 }
 
 
@@ -61,25 +92,10 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint {path} does not exist: train one, or give its path")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns of foreign files before it refuses them
-            content = torch.load(path, map_location=device, weights_only=True)
-    except (OSError, MemoryError):
-        raise
-    # A damaged zip or pickle can fail anywhere inside the reader, with any of these.
-    except (
-        RuntimeError,
-        pickle.UnpicklingError,
-        EOFError,
-        ValueError,
-        TypeError,
-        LookupError,
-        AttributeError,
-        AssertionError,
-        struct.error,
-    ) as error:
+        content = tensorfile.read(path, device)
+    except ValueError as error:
         raise ValueError(
-            f"{path} is not a readable checkpoint (damaged, or another kind of file): "
+            f"{path} is not a readable checkpoint, but damaged or another kind of file ({error}): "
             "give one that train_custom.py or finetune.py wrote"
         ) from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
@@ -102,15 +118,24 @@ def load_model(path: Path, device: torch.device | str = "cpu") -> tuple[nn.Modul
         ValueError: it is no finished checkpoint.
     """
     content = load(path, device)
-    for key, kind in FIELDS.items():
-        if not isinstance(content.get(key), kind):
-            raise ValueError(f"{path} is no finished checkpoint: it lacks {key!r}; finish the run")
-    model = create_model(content["arch"], content["surgery"])
-    try:
-        model.load_state_dict(content.pop("state_dict"))
-    except RuntimeError as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise ValueError(f"{path}: its weights do not fit {content['arch']}: {reason}") from error
+    for key, valid in FIELDS.items():
+        if not valid(content.get(key)):
+            raise ValueError(f"{path} is no finished checkpoint: its {key!r} is missing or odd")
+    with torch.device("meta"):  # no memory and no random numbers for what is replaced at once
+        model = create_model(content["arch"], content["surgery"])
+    state = content.pop("state_dict")
+    for key, own in model.state_dict().items():
+        given = state.get(key)
+        if not isinstance(given, Tensor) or given.shape != own.shape:
+            raise ValueError(f"{path}: {key!r} is missing or has not the shape {tuple(own.shape)}")
+        if given.is_floating_point() != own.is_floating_point():
+            raise ValueError(f"{path}: {key!r} has the type {given.dtype}, not {own.dtype}")
+        state[key] = given.to(own.dtype)  # weights may be stored in fewer bits
+    if unknown := state.keys() - model.state_dict().keys():
+        raise ValueError(f"{path} holds {min(unknown)!r}, which {content['arch']} has not")
+    model.load_state_dict(state, assign=True)
+    if num_outputs(model) != len(content["classes"]):
+        raise ValueError(f"{path} names {len(content['classes'])} classes, its network has others")
     return model.to(device, memory_format=torch.channels_last).eval(), content
 
 
@@ -183,6 +208,8 @@ def load_state(path: Path) -> tuple[dict[str, Any] | None, list[str]]:
         if candidate.exists():
             try:
                 state = load(candidate)
+                if missing := STATE - state.keys():
+                    raise ValueError(f"{candidate} is no state of a run: it lacks {min(missing)}")
             except ValueError as error:
                 problems.append(str(error))
                 continue

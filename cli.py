@@ -44,7 +44,7 @@ def exit_code(script: Callable[[], None]) -> int:
         signal.signal(signal.SIGTERM, before)
 
 
-class Stopped(Exception):
+class Stopped(BaseException):  # no `except Exception` may swallow a signal
     """A signal asked the run to stop; the message says what was kept and how to go on."""
 
     def __init__(self, number: int, message: str = ""):

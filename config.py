@@ -2,12 +2,13 @@
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 
-def _setting(default: Any, help: str, at_least: float | None = None, **metadata: Any) -> Any:
+def setting(default: Any, help: str, at_least: float | None = None, **metadata: Any) -> Any:
     """One setting; `at_least` and `below` bound it, `harmless` ones cannot change a result."""
     return field(default=default, metadata={"help": help, "at_least": at_least, **metadata})
 
@@ -23,32 +24,30 @@ class TrainConfig:
         ValueError: a value breaks its rule; the message gives value, rule and remedy.
     """
 
-    epochs: int = _setting(30, "passes over the training images", 1)
-    batch_size: int = _setting(256, "images per optimiser step (BatchNorm needs a few)", 4)
-    lr: float = _setting(1e-3, "peak learning rate", 1e-9, below=100)
-    weight_decay: float = _setting(0.01, "weight decay", 0, below=100)
-    label_smoothing: float = _setting(0.0, "mass spread over the other classes", 0, below=1)
-    optimizer: str = _setting("adamw", "adam couples decay to the loss", choices=("adam", "adamw"))
-    warmup: float = _setting(0.0, "share of the steps the learning rate rises in", 0, below=1)
-    bias_lr_scale: float = _setting(
-        1.0, "learning rate of BatchNorm biases, relative", 0, below=1e4
-    )
-    flip: str = _setting("random", "mirroring", choices=("none", "random", "alternating"))
-    translate: int = _setting(0, "shift by up to this many pixels", 0, below=17)
-    cutout: int = _setting(0, "side of a blanked square, pixels", 0, below=33)
-    seed: int = _setting(0, "fixes weights, order and augmentation", 0, below=2**31)
-    val_fraction: float = _setting(0.04, "share of the training set to validate on", 0, below=1)
-    limit: int | None = _setting(None, "use the first N images of each split (smoke run)", 4)
-    data_dir: Path = _setting(_DATA, "where CIFAR-10 is kept", harmless=True)
-    device: str = _setting("auto", "where to compute", choices=("auto", "cpu", "cuda"))
-    precision: str = _setting("auto", "auto measures both", choices=("auto", "fp32", "bf16"))
-    compile: bool = _setting(False, "use torch.compile")
-    run_name: str | None = _setting(None, "name of the files (default: the network's)")
-    checkpoint_dir: Path = _setting(_CHECKPOINTS, "where weights go", harmless=True)
-    results_dir: Path = _setting(_RESULTS, "where numbers and pictures go", harmless=True)
-    resume: bool = _setting(False, "continue the unfinished run of this name", harmless=True)
-    save_every: float = _setting(5.0, "minutes between saved states", 1e-4, harmless=True)
-    recipe: str | None = _setting(None, "named set of defaults", internal=True)
+    epochs: int = setting(30, "passes over the training images", 1)
+    batch_size: int = setting(256, "images per optimiser step (BatchNorm needs a few)", 4)
+    lr: float = setting(1e-3, "peak learning rate", 1e-9, below=100)
+    weight_decay: float = setting(0.01, "weight decay", 0, below=100)
+    label_smoothing: float = setting(0.0, "mass spread over the other classes", 0, below=1)
+    optimizer: str = setting("adamw", "adam couples decay to the loss", choices=("adam", "adamw"))
+    warmup: float = setting(0.0, "share of the steps the learning rate rises in", 0, below=1)
+    bias_lr_scale: float = setting(1.0, "learning rate of biases, relative to --lr", 0, below=1e4)
+    flip: str = setting("random", "mirroring", choices=("none", "random", "alternating"))
+    translate: int = setting(0, "shift by up to this many pixels", 0, below=17)
+    cutout: int = setting(0, "side of a blanked square, pixels", 0, below=33)
+    seed: int = setting(0, "fixes weights, order and augmentation", 0, below=2**31)
+    val_fraction: float = setting(0.04, "share of the training set to validate on", 0, below=1)
+    limit: int | None = setting(None, "use the first N images of each split (smoke run)", 4)
+    data_dir: Path = setting(_DATA, "where CIFAR-10 is kept", harmless=True)
+    device: str = setting("auto", "where to compute", choices=("auto", "cpu", "cuda"))
+    precision: str = setting("auto", "auto measures both", choices=("auto", "fp32", "bf16"))
+    compile: bool = setting(False, "use torch.compile")
+    run_name: str | None = setting(None, "name of the files (default: the network's)")
+    checkpoint_dir: Path = setting(_CHECKPOINTS, "where weights go", harmless=True)
+    results_dir: Path = setting(_RESULTS, "where numbers and pictures go", harmless=True)
+    resume: bool = setting(False, "continue the unfinished run of this name", harmless=True)
+    save_every: float = setting(5.0, "minutes between saved states", 1e-4, harmless=True)
+    recipe: str | None = setting(None, "named set of defaults", internal=True)
 
     def __post_init__(self):
         for entry in dataclasses.fields(self):
@@ -63,10 +62,10 @@ class TrainConfig:
             if choices and value not in choices:
                 raise ValueError(f"{flag(entry.name)} {value}: choose from {', '.join(choices)}")
         name = self.run_name
-        if name is not None and (not name.strip(". ") or set(name) & set('/\\:*?"<>|\0\n')):
+        if name is not None and not is_file_name(name):
             raise ValueError(
-                f"--run-name {name!r}: must be a plain file name; folders go in --checkpoint-dir "
-                "and --results-dir"
+                f"--run-name {name!r}: must be a plain name of letters, digits and ._+-; folders "
+                "go in --checkpoint-dir and --results-dir"
             )
 
     def plain(self) -> dict[str, Any]:
@@ -83,6 +82,12 @@ class TrainConfig:
             for entry, value in zip(dataclasses.fields(self), self.plain().values(), strict=True)
             if not entry.metadata.get("harmless")
         }
+
+
+def is_file_name(name: str) -> bool:
+    """Whether a run's name makes file names of its own on every system."""
+    taken = name.lower().endswith((".resume", ".md", "."))
+    return bool(re.fullmatch(r"\w[\w.+-]{0,99}", name)) and not taken
 
 
 def flag(name: str) -> str:

@@ -43,6 +43,8 @@ def load_splits(
     """
     arrays = cifar10(data_dir)
     train, val = stratified_split(arrays.train_labels, val_fraction, seed)
+    if not len(train):
+        raise ValueError(f"--val-fraction {val_fraction}: leaves no training image; take less")
     mean, std = channel_stats(arrays.train_images[train[:limit]])
 
     def split(images: np.ndarray, labels: np.ndarray, chosen: np.ndarray | slice) -> Split:
@@ -136,6 +138,10 @@ class Augmentation:
     cutout: int = 0
 
 
+# What a stream of random numbers is for; no two of them coincide.
+_ORDER, _STEP, _FLIP = 1, 2, 3
+
+
 class TrainBatches:
     """Shuffled, augmented, normalised batches of a training split; every image once an epoch.
 
@@ -160,17 +166,21 @@ class TrainBatches:
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields x (B, 3, H, W) float and labels (B,) from the given step; both count from 0."""
-        order = torch.randperm(self.num_images, generator=self._generator(epoch))
+        order = torch.randperm(self.num_images, generator=self._generator(_ORDER, epoch))
         device = self.split.labels.device
         for step, chosen in enumerate(order.tensor_split(self.num_steps)):
             if step >= first_step:
-                flipped, shifts, holes = self._draw(epoch, step, chosen)
-                chosen = chosen.to(device)
-                images = gather(self.split.images, chosen, flipped.to(device), shifts.to(device))
-                x = normalize(images, self.mean, self.std)
-                if holes is not None:
-                    x = erase(x, holes.to(device), self.augmentation.cutout)
-                yield x, self.split.labels[chosen]
+                yield self._load(chosen.to(device), *self._draw(epoch, step, chosen))
+
+    def _load(
+        self, chosen: Tensor, flipped: Tensor, shifts: Tensor, holes: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        device = chosen.device
+        images = gather(self.split.images, chosen, flipped.to(device), shifts.to(device))
+        x = normalize(images, self.mean, self.std)
+        if holes is not None:
+            x = erase(x, holes.to(device), self.augmentation.cutout)
+        return x, self.split.labels[chosen]
 
     def _generator(self, *key: int) -> torch.Generator:
         state = np.random.SeedSequence((self.seed, *key)).generate_state(1, np.uint64)
@@ -179,9 +189,9 @@ class TrainBatches:
     def _draw(self, epoch: int, step: int, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Draws flips (B,) bool, shifts (B, 2) and, with cutout, hole corners (B, 2) on the CPU."""
         kind, reach = self.augmentation.flip, self.augmentation.translate
-        generator, size = self._generator(epoch, step), len(chosen)
+        generator, size = self._generator(_STEP, epoch, step), len(chosen)
         if kind == "alternating":
-            first = torch.rand(self.num_images, generator=self._generator(2**31)) < 0.5
+            first = torch.rand(self.num_images, generator=self._generator(_FLIP)) < 0.5
             flipped = first[chosen] ^ (epoch % 2 == 1)
         else:
             flipped = torch.rand(size, generator=generator) < (0.5 if kind == "random" else 0)

@@ -89,11 +89,15 @@ def lr_factor(step: int, num_steps: int, warmup: float) -> float:
 
 @dataclass(frozen=True)
 class RunFiles:
-    """Where a training keeps its state and its history, and the command that resumes it."""
+    """Where a training keeps its state and its history, and the command that resumes it.
+
+    `identity` is stored with the state: what else the result depends on (hardware, weights).
+    """
 
     state_path: Path
     history_path: Path
     resume_command: list[str]
+    identity: dict[str, Any]
 
 
 def fit(
@@ -105,6 +109,7 @@ def fit(
     precision: str,
     files: RunFiles,
     state: dict[str, Any] | None = None,
+    seconds_before: float = 0.0,
 ) -> list[dict[str, Any]]:
     """Trains a model in place; the one place that prints the progress of a training.
 
@@ -117,6 +122,7 @@ def fit(
         precision: "fp32" or "bf16".
         files: where to keep state and history.
         state: what an interrupted run saved, to continue exactly from there.
+        seconds_before: what was spent on features of a frozen trunk; it counts as training.
 
     Returns:
         The history: a dict of `COLUMNS` for each epoch.
@@ -132,15 +138,19 @@ def fit(
     history: list[dict[str, Any]] = []
     epoch = step = 0
     sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, correct, images
-    spent = {"total": 0.0, "epoch": 0.0}  # seconds
+    bad_step = torch.full((), -1, device=device)  # the first whose loss or gradient was not finite
+    spent = {"total": seconds_before, "epoch": 0.0}  # seconds
     if state:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["rng"])
+        if state["cuda_rng"] is not None and device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda_rng"], device)
         history, epoch, step, spent = (state[k] for k in ("history", "epoch", "step", "spent"))
         sums.copy_(state["sums"])
+        spent["total"] += seconds_before
     network = compile_or_not(model, config.compile, device)
-    write_history(files.history_path, history)
+    _kept(write_history, files.history_path, history)
     clock = saved = time.perf_counter()
 
     def tick(training: bool) -> None:
@@ -149,6 +159,16 @@ def fit(
         spent["total"] += clock - begin
         if training:
             spent["epoch"] += clock - begin
+
+    def not_finite(done: int) -> str:
+        lr = config.lr * lr_factor(done, num_steps, config.warmup)
+        epochs, steps = divmod(done, batches.num_steps)
+        return (
+            f"loss or gradient not finite in epoch {epochs + 1}, step {steps + 1}, learning rate "
+            f"{lr:.2g}; no weight was changed by it, and the last saved state is good: start anew "
+            "with --run-name NAME and a lower --lr"
+            + (" or --precision fp32" if precision == "bf16" else "")
+        )
 
     def save_state() -> bool:
         nonlocal saved
@@ -162,18 +182,16 @@ def fit(
             "spent": dict(spent),
             "sums": sums.cpu(),
             "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+            "identity": files.identity,
             "model": model.state_dict(),
             "optimizer": optimizer.state_dict(),
         }
-        try:
-            checkpoint.save_state(files.state_path, content)
-        except OSError as error:
-            print(f"warning: state not saved ({error}); training goes on", flush=True)
-            return False
-        return True
+        return _kept(checkpoint.save_state, files.state_path, content)
 
-    if not state:
-        print(_HEADER, flush=True)
+    if state:
+        print(f"resumed in epoch {epoch + 1}, step {step}", flush=True)
+    print(_HEADER, flush=True)
     with _signals() as received:
         while epoch < config.epochs:
             train_mode(model)
@@ -196,6 +214,7 @@ def fit(
                     loss.backward()
                     norm = nn.utils.get_total_norm([p.grad for p in parameters])
                     bad = ~torch.isfinite(norm + loss.detach())
+                    bad_step = torch.where((bad_step < 0) & bad, done, bad_step)
                     optimizer.found_inf = bad.float()  # the fused kernel then changes nothing
                     optimizer.step()
                     optimizer.zero_grad()
@@ -205,12 +224,12 @@ def fit(
                         sums += torch.stack([loss.detach() * len(labels), correct, size])
                     step += 1
                     bar.update(len(labels))
-                    # Reading a number waits for a GPU, so that there it is done now and then.
-                    if device.type == "cpu" or step % 50 == 0 or step == batches.num_steps:
-                        if not torch.isfinite(sums[0]) or bad:
-                            raise FloatingPointError(_not_finite(epoch, step, lr, precision, files))
-                        bar.set_postfix_str(f"loss {sums[0] / sums[2]:.3f} acc {_percent(sums)}")
                     due = received or time.perf_counter() - saved > 60 * config.save_every
+                    # Reading a number waits for a GPU, so that there it is done now and then.
+                    if device.type == "cpu" or due or step % 50 == 0 or step == batches.num_steps:
+                        if bad_step >= 0:
+                            raise FloatingPointError(not_finite(int(bad_step)))
+                        bar.set_postfix_str(f"loss {sums[0] / sums[2]:.3f} acc {_percent(sums)}")
                     if due and step < batches.num_steps:  # at its last step the epoch's end saves
                         tick(training=True)
                         kept = save_state()
@@ -218,7 +237,10 @@ def fit(
                             raise Stopped(received[0], _stopped(kept, files))
             tick(training=True)
             loss, accuracy, images = sums.tolist()
-            val_loss, val_accuracy = validate() if validate else (None, None)
+            try:
+                val_loss, val_accuracy = validate() if validate else (None, None)
+            except ValueError as error:  # logits that are not finite
+                raise FloatingPointError(not_finite(done)) from error
             tick(training=False)
             values = (
                 epoch + 1,
@@ -232,13 +254,13 @@ def fit(
                 spent["total"],
             )
             history.append(dict(zip(COLUMNS, values, strict=True)))
-            print(_line(history[-1], config.epochs), flush=True)
-            write_history(files.history_path, history)
+            _kept(write_history, files.history_path, history)
             epoch, step = epoch + 1, 0
             sums.zero_()
             spent["epoch"] = 0.0
             kept = save_state()
-            if received and epoch < config.epochs:
+            print(_line(history[-1], config.epochs), flush=True)
+            if received:
                 raise Stopped(received[0], _stopped(kept, files))
     return history
 
@@ -249,6 +271,16 @@ def write_history(path: Path, history: Iterable[dict[str, Any]]) -> None:
         ["" if row[name] is None else f"{row[name]:.8g}" for name in COLUMNS] for row in history
     ]
     write_atomically(path, "".join(",".join(line) + "\n" for line in lines))
+
+
+def _kept(write: Callable[..., None], path: Path, content: Any) -> bool:
+    """Writes a file unless the disk refuses: a full disk may have room again an epoch later."""
+    try:
+        write(path, content)
+    except OSError as error:
+        print(f"warning: {path} not written ({error}); training goes on", flush=True)
+        return False
+    return True
 
 
 @contextmanager
@@ -293,12 +325,3 @@ def _percent(sums: Tensor) -> str:
 def _stopped(kept: bool, files: RunFiles) -> str:
     what = "state saved" if kept else "state NOT saved, an older one may exist"
     return f"stopped, {what}; continue with\n  {shlex.join(files.resume_command)}"
-
-
-def _not_finite(epoch: int, step: int, lr: float, precision: str, files: RunFiles) -> str:
-    wider = " or --precision fp32" if precision == "bf16" else ""
-    return (
-        f"loss or gradient not finite in epoch {epoch + 1}, step {step}, learning rate {lr:.2g}; "
-        f"nothing was learned from it and {files.state_path} keeps the last good state, if one was "
-        f"saved: try a lower --lr{wider}"
-    )

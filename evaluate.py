@@ -53,7 +53,7 @@ def judge(
     """
     model, saved = checkpoint.load_model(path, device)
     arrays = cifar10(data_dir)
-    limit = saved["config"].get("limit")
+    limit = saved["config"].get("limit")  # a smoke run is judged on what it was meant for
     images = torch.from_numpy(arrays.test_images[:limit]).to(device)
     labels = torch.from_numpy(arrays.test_labels[:limit].astype(np.int64))
     begin = time.perf_counter()

@@ -1,8 +1,11 @@
-"""The networks: the nine-layer CNN, built from plain settings that a checkpoint can carry."""
+"""The networks: the nine-layer CNN, and ImageNet networks operated on for small pictures."""
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torchvision
 from torch import Tensor, nn
 
 ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU}
@@ -70,25 +73,200 @@ MODERN = {
     "activation": "relu",
     "bn_momentum": 0.4,
 }
-ARCHS = {"custom_cnn": CustomCNN}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A row of `ARCHS`: one pretrained network and what is done to it.
+
+    Attributes:
+        build: torchvision's function.
+        head: the module that is replaced by a new classifier; its input is `features` wide.
+        features: see `head`.
+        stages: the trunk from input to output, each stage as its modules' names in order; what
+            follows the last of them, pooling and classifier, is the head stage.
+        tail: the modules between the last stage and the end, with "flatten" for the reshaping.
+        edits: modules to replace, by name.
+        opened: attributes to set where the early strides are opened for 32x32 input.
+        image_size: default side of the input in pixels; the 32x32 images are upsampled to it.
+    """
+
+    build: Callable[..., nn.Module]
+    head: str
+    features: int
+    stages: Mapping[str, tuple[str, ...]]
+    tail: tuple[str, ...]
+    edits: Mapping[str, Callable[[], nn.Module]] = field(default_factory=dict)
+    opened: Mapping[str, Any] = field(default_factory=dict)
+    image_size: int = 64
+
+
+def _span(prefix: str, start: int, stop: int) -> tuple[str, ...]:
+    return tuple(f"{prefix}.{index}" for index in range(start, stop))
+
+
+_RESNET = {
+    "head": "fc",
+    "stages": {
+        "stem": ("conv1", "bn1", "relu", "maxpool"),
+        **{f"layer{number}": (f"layer{number}",) for number in range(1, 5)},
+    },
+    "tail": ("avgpool", "flatten", "fc"),
+    "opened": {"conv1.stride": (1, 1), "maxpool": nn.Identity()},
+}
+WEIGHTS = "IMAGENET1K_V1"
+ARCHS = {
+    "vgg19": Architecture(
+        torchvision.models.vgg19,
+        head="classifier",  # three layers for 7x7 maps, of which small pictures leave 2x2
+        features=512,
+        stages={
+            f"block{number}": _span("features", *span)
+            for number, span in enumerate(((0, 5), (5, 10), (10, 19), (19, 28), (28, 37)), 1)
+        },
+        tail=("avgpool", "flatten", "classifier"),
+        edits={"features.36": nn.Identity, "avgpool": lambda: nn.AdaptiveAvgPool2d(1)},
+    ),
+    "resnet18": Architecture(torchvision.models.resnet18, features=512, **_RESNET),
+    "resnet50": Architecture(torchvision.models.resnet50, features=2048, **_RESNET),
+    "mobilenet_v3_small": Architecture(
+        torchvision.models.mobilenet_v3_small,
+        head="classifier.3",
+        features=1024,
+        stages={
+            "stem": ("features.0",),
+            "blocks16": _span("features", 1, 2),
+            "blocks8": _span("features", 2, 4),
+            "blocks4": _span("features", 4, 9),
+            "blocks2": _span("features", 9, 13),
+        },
+        tail=("avgpool", "flatten", "classifier"),
+        edits={"classifier.2": nn.Identity},  # its dropout; ours stands before the last layer too
+        opened={"features.0.0.stride": (1, 1), "features.1.block.0.0.stride": (1, 1)},
+    ),
+}
+
+
+class OperatedNetwork(nn.Module):
+    """A torchvision network with its surgery: bilinear upsampling, edits, a new classifier.
+
+    Args:
+        arch: a key of `ARCHS`.
+        image_size: side to which the input is upsampled on the device, pixels.
+        open_stem: undo the early strides instead, for input that is not upsampled.
+        dropout: share of the classifier's inputs that training leaves out.
+        num_classes: width of the new classifier.
+    """
+
+    def __init__(
+        self,
+        arch: str,
+        image_size: int,
+        open_stem: bool = False,
+        dropout: float = 0.0,
+        num_classes: int = 10,
+    ):
+        super().__init__()
+        if not 32 <= image_size <= 512:
+            raise ValueError(f"image size {image_size}: must be 32 to 512 pixels")
+        self.row = ARCHS[arch]
+        self.network = self.row.build(weights=None)
+        self.resize = nn.Upsample(image_size, mode="bilinear", align_corners=False)
+        for name, make in self.row.edits.items():
+            self.network.set_submodule(name, make())
+        for name, value in self.row.opened.items() if open_stem else ():
+            owner, _, attribute = name.rpartition(".")
+            setattr(self.network.get_submodule(owner), attribute, value)
+        classifier = nn.Linear(self.row.features, num_classes)
+        self.network.set_submodule(self.row.head, nn.Sequential(nn.Dropout(dropout), classifier))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps normalised images (B, 3, 32, 32) to logits (B, num_classes)."""
+        return self.network(self.resize(x))
+
+    def stages(self) -> dict[str, nn.Sequential]:
+        """The network as stages in order, head last; they share its modules.
+
+        Applying all of them, one after the other, gives what `forward` gives.
+        """
+        parts = {
+            name: nn.Sequential(*map(self.network.get_submodule, names))
+            for name, names in self.row.stages.items()
+        }
+        first = next(iter(parts))
+        parts[first] = nn.Sequential(self.resize, *parts[first])
+        parts["head"] = nn.Sequential(
+            *(
+                nn.Flatten() if name == "flatten" else self.network.get_submodule(name)
+                for name in self.row.tail
+            )
+        )
+        return parts
+
+    def load_pretrained(self, state: dict[str, Tensor]) -> None:
+        """Loads ImageNet weights; the classifier they may hold is left out.
+
+        Raises:
+            ValueError: another tensor is missing, has another shape or does not belong here.
+        """
+        head = self.row.head + "."
+        own = {k: v for k, v in self.network.state_dict().items() if not k.startswith(head)}
+        given = {k: v for k, v in state.items() if not k.startswith(head)}
+        # Files from before 2017 lack the counters, which nothing here reads.
+        missing = [k for k in own if k not in given and not k.endswith("num_batches_tracked")]
+        for kind, keys in (("lack", missing), ("hold the unknown", sorted(given.keys() - own))):
+            if keys:
+                raise ValueError(f"the weights {kind} {keys[0]!r} ({len(keys)} such tensors)")
+        for key, value in given.items():
+            if value.shape != own[key].shape:
+                shapes = f"{tuple(value.shape)}, needed is {tuple(own[key].shape)}"
+                raise ValueError(f"the weights' {key!r} has shape {shapes}")
+            if not value.isfinite().all():
+                raise ValueError(f"the weights' {key!r} holds numbers that are not finite")
+        self.network.load_state_dict(given, strict=False)
+
+
+def freeze(model: OperatedNetwork, unfreeze: str) -> tuple[nn.Sequential | None, nn.Sequential]:
+    """Freezes the trunk's stages that `unfreeze` does not name.
+
+    Args:
+        model: changed in place.
+        unfreeze: "head" trains the classifier, "last" the last stage too, "all" everything.
+
+    Returns:
+        The frozen trunk (None with "all") and the part that trains; both share the modules.
+    """
+    stages = list(model.stages().values())
+    cut = len(stages) - {"head": 1, "last": 2, "all": len(stages)}[unfreeze]
+    trunk, tail = stages[:cut], stages[cut:]
+    for stage in trunk:
+        stage.requires_grad_(False)
+    return nn.Sequential(*trunk) if trunk else None, nn.Sequential(*tail)
 
 
 def create_model(arch: str, surgery: dict[str, Any]) -> nn.Module:
     """Builds a network with random weights from what a checkpoint says of it.
 
     Args:
-        arch: a key of `ARCHS`.
-        surgery: keyword arguments of its builder.
+        arch: "custom_cnn" or a key of `ARCHS`.
+        surgery: keyword arguments of `CustomCNN` or `OperatedNetwork`.
 
     Raises:
         ValueError: the architecture or one of the settings is unknown.
     """
-    if arch not in ARCHS:
-        raise ValueError(f"architecture {arch!r} is unknown: choose from {', '.join(ARCHS)}")
     try:
-        return ARCHS[arch](**surgery)
-    except TypeError as error:
+        if arch == "custom_cnn":
+            return CustomCNN(**surgery)
+        if arch in ARCHS:
+            return OperatedNetwork(arch, **surgery)
+    except (TypeError, KeyError, ValueError, RuntimeError) as error:
         raise ValueError(f"settings {surgery} do not fit architecture {arch}: {error}") from error
+    raise ValueError(f"architecture {arch!r} is unknown: choose custom_cnn or {', '.join(ARCHS)}")
+
+
+def num_outputs(model: nn.Module) -> int:
+    """Number of classes: the width of the last linear layer."""
+    return [module for module in model.modules() if isinstance(module, nn.Linear)][-1].out_features
 
 
 def num_parameters(model: nn.Module) -> dict[str, int]:
@@ -113,8 +291,12 @@ def initialize_from_images(model: CustomCNN, x: Tensor, eps: float = 5e-4) -> No
         eps: added to the eigenvalues, so that the noise in the weakest directions stays small.
     """
     convs = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
-    patches = x.unfold(2, 3, 1).unfold(3, 3, 1).permute(0, 2, 3, 1, 4, 5).reshape(-1, 27).double()
-    eigenvalues, vectors = torch.linalg.eigh(patches.T @ patches / len(patches))
+    covariance, count = torch.zeros(27, 27, dtype=torch.float64), 0
+    for part in x.split(500):
+        patches = part.unfold(2, 3, 1).unfold(3, 3, 1).permute(0, 2, 3, 1, 4, 5).reshape(-1, 27)
+        covariance += (patches.T @ patches).double()
+        count += len(patches)
+    eigenvalues, vectors = torch.linalg.eigh(covariance / count)
     filters = (vectors / (eigenvalues + eps).sqrt()).T.flip(0)  # strongest direction first
     first, *others = convs
     filters = filters[: first.out_channels // 2].reshape(-1, 3, 3, 3).to(first.weight)

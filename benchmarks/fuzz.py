@@ -1,0 +1,352 @@
+"""Feeds damaged and hostile checkpoints, data sets, weights and pictures to the loaders.
+
+Each must give one clear error (ValueError, FileNotFoundError, OSError) or the correct result; never
+another exception, a hang, an execution, or a wrong answer.
+"""
+
+import argparse
+import collections
+import contextlib
+import io
+import os
+import pickle
+import random
+import signal
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torchvision
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import checkpoint
+import downloads
+import files
+import models
+import pictures
+import weights
+from compute import predict
+
+SAMPLE = Path(__file__).parent.parent / "tests" / "sample.npz"
+SECONDS = 20  # after which a loader counts as hanging
+
+
+class Code:
+    """Unpickled by a careless loader, makes a folder."""
+
+    def __init__(self, trace: Path):
+        self.trace = trace
+
+    def __reduce__(self):
+        """What pickle runs."""
+        return os.mkdir, (str(self.trace),)
+
+
+def damaged(content: bytes, chance: random.Random) -> bytes:
+    """Truncates, flips bits, zeroes, repeats or swaps pieces of a file."""
+    kind, size = chance.randrange(6), len(content)
+    data = bytearray(content)
+    start, length = chance.randrange(size), 1 + chance.randrange(min(size, 4096))
+    if kind == 0:
+        return content[: chance.randrange(size)]
+    if kind == 1:
+        for _ in range(chance.choice((1, 1, 2, 20))):
+            data[chance.randrange(size)] ^= 1 << chance.randrange(8)
+    elif kind == 2:
+        data[start : start + length] = bytes(len(data[start : start + length]))
+    elif kind == 3:
+        data[start:start] = data[start : start + length]
+    elif kind == 4:
+        del data[start : start + length]
+    else:
+        # Half of all flips hit the directory at the end and the pickle at the front.
+        for _ in range(4):
+            near = chance.randrange(min(size, 2000))
+            data[chance.choice((near, size - 1 - near))] = chance.randrange(256)
+    return bytes(data)
+
+
+def odd_value(chance: random.Random, trace: Path) -> Any:
+    """A value that has no place where it is put."""
+    return chance.choice(
+        (
+            lambda: None,
+            lambda: -1,
+            lambda: 10**30,
+            lambda: float("nan"),
+            lambda: "../../outside",
+            lambda: [],
+            lambda: {"a": [1, 2]},
+            lambda: torch.zeros(3, dtype=torch.int8),
+            lambda: torch.full((2, 2), float("nan")),
+            lambda: torch.zeros(1).expand(10**9),
+            lambda: torch.eye(3).to_sparse(),
+            lambda: Code(trace),
+        )
+    )()
+
+
+def rewritten(content: dict[str, Any], chance: random.Random, trace: Path) -> dict[str, Any]:
+    """Drops, renames, swaps or replaces entries of a saved dict, at the top or in its tensors."""
+    content = dict(content)
+    where = content
+    if isinstance(content.get("state_dict"), dict) and chance.random() < 0.5:
+        where = content["state_dict"] = dict(content["state_dict"])
+    keys = list(where)
+    one, other = chance.choice(keys), chance.choice(keys)
+    kind = chance.randrange(5)
+    if kind == 0:
+        del where[one]
+    elif kind == 1:
+        where[one + "x"] = where.pop(one)
+    elif kind == 2:
+        where[one], where[other] = where[other], where[one]
+    elif kind == 3 and isinstance(where[one], torch.Tensor):
+        changed = (torch.Tensor.double, torch.Tensor.int, lambda t: t[None], lambda t: t.flatten())
+        where[one] = chance.choice(changed)(where[one])
+    else:
+        where[one] = odd_value(chance, trace)
+    return content
+
+
+def saved(content: Any) -> bytes:
+    """What torch.save writes."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
+
+
+def compressed(content: bytes) -> bytes:
+    """The same zip archive, deflated, with a member that unpacks to far more than it weighs."""
+    buffer = io.BytesIO()
+    with (
+        zipfile.ZipFile(io.BytesIO(content)) as source,
+        zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
+        for member in source.infolist():
+            packed.writestr(member.filename, source.read(member))
+        packed.writestr("archive/data/bomb", bytes(50_000_000))
+    return buffer.getvalue()
+
+
+class Checkpoints:
+    """A small trained-looking checkpoint; a correct result gives the same logits."""
+
+    def __init__(self, folder: Path, chance: random.Random):
+        self.path, self.chance, self.trace = folder / "it.pt", chance, folder / "executed"
+        surgery = {"widths": (8, 8, 8, 8, 8, 8), "hidden": (8, 8)}
+        torch.manual_seed(0)
+        model = models.create_model("custom_cnn", surgery)
+        with np.load(SAMPLE) as arrays:
+            self.images = torch.from_numpy(arrays["test_images"][:8])
+        self.content = {
+            **{"format": checkpoint.FORMAT, "name": "it", "arch": "custom_cnn", "surgery": surgery},
+            **{"classes": list(downloads.CLASSES), "mean": [0.5] * 3, "std": [0.25] * 3},
+            **{"config": {"limit": None}, "metrics": {"temperature": 1.5}, "environment": {}},
+            "state_dict": dict(model.state_dict()),
+        }
+        checkpoint.save(self.path, self.content)
+        self.whole = self.path.read_bytes()
+        self.expected = self.load()
+
+    def mutate(self) -> None:
+        """Damages the bytes, or changes the content and signs it again."""
+        kind = self.chance.random()
+        if kind < 0.6:
+            self.path.write_bytes(damaged(self.whole, self.chance))
+        elif kind < 0.95:
+            content = rewritten(self.content, self.chance, self.trace)
+            with contextlib.suppress(Exception):
+                content["sha256"] = checkpoint.digest(content)
+            self.path.write_bytes(saved(content))
+        else:
+            hostile = (saved(Code(self.trace)), pickle.dumps(Code(self.trace)))
+            self.path.write_bytes(self.chance.choice((*hostile, compressed(self.whole))))
+
+    def load(self) -> torch.Tensor:
+        """The logits of some images."""
+        model, content = checkpoint.load_model(self.path)
+        return predict(model, self.images, content["mean"], content["std"])
+
+    def correct(self, result: torch.Tensor) -> bool:
+        """A signed change of the content is a checkpoint of its own; damage must not pass."""
+        signed = self.path.read_bytes()[:2] == b"PK" and result.shape == self.expected.shape
+        return torch.equal(result, self.expected) or (signed and self.own_content())
+
+    def own_content(self) -> bool:
+        """Whether the file states the hash of what it holds, and that is not the original's."""
+        return checkpoint.digest(checkpoint.load(self.path)) != checkpoint.digest(self.content)
+
+
+class Weights:
+    """A state dict of MobileNetV3-small as a user would name it with --weights."""
+
+    def __init__(self, folder: Path, chance: random.Random):
+        self.path, self.chance, self.trace = folder / "w.pth", chance, folder / "executed"
+        torch.manual_seed(0)
+        self.content = torchvision.models.mobilenet_v3_small(weights=None).state_dict()
+        self.whole = saved(self.content)
+        self.model = models.OperatedNetwork("mobilenet_v3_small", image_size=32)
+
+    def mutate(self) -> None:
+        """Damages the bytes, or changes the content."""
+        if self.chance.random() < 0.6:
+            self.path.write_bytes(damaged(self.whole, self.chance))
+        else:
+            self.path.write_bytes(saved(rewritten(self.content, self.chance, self.trace)))
+
+    def load(self) -> dict[str, torch.Tensor]:
+        """The trunk's tensors after loading."""
+        state, _ = weights.weights_from_file(self.path)
+        self.model.load_pretrained(state)
+        return {k: v.clone() for k, v in self.model.network.state_dict().items()}
+
+    def correct(self, result: dict[str, torch.Tensor]) -> bool:
+        """What was loaded is what the file holds, and damage was not taken for weights."""
+        given = torch.load(self.path, weights_only=True)
+        trunk = [k for k in result if not k.startswith("classifier.3") and k in given]
+        return all(torch.equal(result[k], given[k].to(result[k].dtype)) for k in trunk) and all(
+            torch.equal(given[k], self.content[k]) or given[k].dtype != self.content[k].dtype
+            for k in trunk
+            if self.content[k].ndim > 1
+        )
+
+
+class Datasets:
+    """CIFAR-10's cache and official folder, made of the sample."""
+
+    def __init__(self, folder: Path, chance: random.Random):
+        self.folder, self.chance, self.trace = folder, chance, folder / "executed"
+        with np.load(SAMPLE) as arrays:
+            self.arrays = dict(arrays)
+        downloads.SHA256 = {k: files.sha256(v.tobytes()) for k, v in self.arrays.items()}
+        downloads.BATCH_SIZE = 64  # 320 training images in five files
+        self.cache = folder / "cifar10.npz"
+        np.savez(self.cache, **self.arrays)
+        self.whole = self.cache.read_bytes()
+        self.batch = pickle.dumps(
+            {
+                "data": self.arrays["train_images"][:64].transpose(0, 3, 1, 2).reshape(64, -1),
+                "labels": self.arrays["train_labels"][:64].tolist(),
+            },
+            protocol=2,
+        )
+
+    def mutate(self) -> None:
+        """Damages the cache, or leaves a hostile batch in the official folder."""
+        official = self.folder / downloads.FOLDER
+        official.mkdir(exist_ok=True)
+        self.cache.unlink(missing_ok=True)
+        if self.chance.random() < 0.6:
+            self.cache.write_bytes(damaged(self.whole, self.chance))
+        for name in (*downloads.TRAIN_BATCHES, downloads.TEST_BATCH):
+            content = damaged(self.batch, self.chance)
+            if self.chance.random() < 0.3:
+                content = pickle.dumps({"data": Code(self.trace), "labels": [1]}, protocol=2)
+            (official / name).write_bytes(content)
+
+    def load(self) -> downloads.Cifar10:
+        """The four arrays; there is no network here, only what lies in the folder."""
+        with contextlib.redirect_stderr(io.StringIO()):
+            return downloads.cifar10(self.folder, downloads.SOURCES[:2])
+
+    def correct(self, result: downloads.Cifar10) -> bool:
+        """Nothing but the very arrays will do."""
+        return all(np.array_equal(v, self.arrays[k]) for k, v in result._asdict().items())
+
+
+class Pictures:
+    """A photograph in many formats; a correct result is a 32x32 RGB image."""
+
+    def __init__(self, folder: Path, chance: random.Random):
+        self.path, self.chance, self.trace = folder / "picture", chance, folder / "executed"
+        with np.load(SAMPLE) as arrays:
+            image = Image.fromarray(arrays["test_images"][0]).resize((61, 47))
+        self.whole = []
+        for kind in ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "ICO", "PPM", "TGA"):
+            buffer = io.BytesIO()
+            image.save(buffer, kind)
+            self.whole.append(buffer.getvalue())
+        # A header that promises a billion pixels.
+        bomb = bytearray(self.whole[0])
+        bomb[16:24] = (32_000).to_bytes(4, "big") * 2
+        self.whole.append(bytes(bomb))
+
+    def mutate(self) -> None:
+        """Damages one of the formats."""
+        self.path.write_bytes(damaged(self.chance.choice(self.whole), self.chance))
+
+    def load(self) -> np.ndarray:
+        """The picture as evaluate.py reads it."""
+        return pictures.load(self.path)
+
+    def correct(self, result: np.ndarray) -> bool:
+        """Damage within the pixels gives another picture, which nothing can know."""
+        return result.shape == (32, 32, 3) and result.dtype == np.uint8
+
+
+def attempt(case: Any) -> str:
+    """Loads a mutated file and says what came of it."""
+
+    def hang(number: int, frame: object) -> None:
+        raise TimeoutError
+
+    signal.signal(signal.SIGALRM, hang)
+    signal.alarm(SECONDS)
+    try:
+        result = case.load()
+        outcome = "correct" if case.correct(result) else "wrong answer"
+    except TimeoutError:
+        outcome = "hang"
+    except (ValueError, FileNotFoundError, OSError) as error:
+        outcome = "clear error" if str(error) else "empty error"
+    except Exception as error:
+        outcome = f"traceback: {type(error).__name__}: {str(error)[:80]}"
+    finally:
+        signal.alarm(0)
+    if case.trace.exists():
+        case.trace.rmdir()
+        outcome = "execution"
+    return outcome
+
+
+def fuzz(count: int, seed: int = 0) -> dict[str, dict[str, int]]:
+    """Mutates `count` files of each kind; returns the outcomes of each."""
+    results = {}
+    kinds: tuple[Callable[..., Any], ...] = (Checkpoints, Weights, Datasets, Pictures)
+    for kind in kinds:
+        chance = random.Random(seed)
+        with tempfile.TemporaryDirectory() as folder:
+            case = kind(Path(folder), chance)
+            outcomes: collections.Counter[str] = collections.Counter()
+            for _ in range(count):
+                case.mutate()
+                outcomes[attempt(case)] += 1
+        results[kind.__name__.lower()] = dict(sorted(outcomes.items()))
+    return results
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--count", type=int, default=1000, help="files of each kind")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, help="write the counts to this json")
+    args = parser.parse_args()
+    results = fuzz(args.count, args.seed)
+    for kind, outcomes in results.items():
+        print(f"{kind}: " + ", ".join(f"{name} {n}" for name, n in outcomes.items()))
+    if args.output:
+        files.write_json(args.output, results)
+    sys.exit(any(set(outcomes) - {"clear error", "correct"} for outcomes in results.values()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,189 @@
+"""Training throughput of this repository against the plain loop of PyTorch's CIFAR-10 tutorial.
+
+Both sides train the same network at the same batch size in one process, a few steps in turn, so
+that a machine that slows down slows both. The plain side is what most repositories do: a dataset of
+PIL images, ToTensor, Normalize and RandomHorizontalFlip sample by sample, a DataLoader with two
+workers, float32. Images/s are medians over the turns; FLOP/s count six operations for each
+multiplication of a convolution or linear layer (forward, and twice that backward).
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+
+import engine
+from compute import choose_precision, forward, now, select_device, train_mode
+from config import TrainConfig
+from data import Augmentation, Split, TrainBatches, load_splits
+from files import write_json
+from models import MODERN, create_model
+from runs import environment
+from train_custom import RECIPES
+
+NETWORKS = {"classic": {}, "modern": MODERN}
+
+
+class Pictures(Dataset):
+    """CIFAR-10 as torchvision serves it: one PIL image at a time."""
+
+    def __init__(self, split: Split, transform: Callable):
+        self.images, self.labels = split.images.cpu().numpy(), split.labels.tolist()
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.transform(Image.fromarray(self.images[index])), self.labels[index]
+
+
+def plain_steps(
+    split: Split, mean: list[float], std: list[float], surgery: dict, batch_size: int, device
+) -> Iterator[int]:
+    """The tutorial's loop; yields the images of each step."""
+    transform = transforms.Compose(
+        [transforms.RandomHorizontalFlip(), transforms.ToTensor(), transforms.Normalize(mean, std)]
+    )
+    model = create_model("custom_cnn", surgery).to(device).train()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    while True:
+        for x, labels in DataLoader(
+            Pictures(split, transform), batch_size, shuffle=True, num_workers=2, drop_last=True
+        ):
+            x, labels = x.to(device), labels.to(device)
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), labels).backward()
+            optimizer.step()
+            yield len(labels)
+
+
+def our_steps(batches: TrainBatches, model: nn.Module, precision: str) -> Iterator[int]:
+    """The steps of `engine.fit` without its files; yields the images of each."""
+    config = TrainConfig(**RECIPES["modern"])
+    optimizer = engine.make_optimizer(engine.parameter_groups(model, config), config)
+    train_mode(model)
+    epoch = 0
+    while True:
+        for x, labels in batches.epoch(epoch):
+            F.cross_entropy(forward(model, x, precision), labels, label_smoothing=0.2).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            yield len(labels)
+        epoch += 1
+
+
+def rate(steps: Iterator[int], number: int, device: torch.device) -> float:
+    """Images/s of some steps."""
+    begin = now(device)
+    images = sum(next(steps) for _ in range(number))
+    return images / (now(device) - begin)
+
+
+def multiplications(model: nn.Module) -> int:
+    """Multiplications of convolutions and linear layers for one 32x32 image."""
+    total = 0
+
+    def count(module: nn.Module, inputs: object, output: Tensor) -> None:
+        nonlocal total
+        positions = output[0].numel() // output.shape[1]
+        total += positions * module.weight.numel()
+
+    layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    hooks = [layer.register_forward_hook(count) for layer in layers]
+    model.eval()(torch.zeros(1, 3, 32, 32, device=next(model.parameters()).device))
+    for hook in hooks:
+        hook.remove()
+    return total
+
+
+def matrix_rate(dtype: torch.dtype, device: torch.device, size: int = 4096) -> float:
+    """The machine's FLOP/s in a square matrix product, best of five."""
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    times = []
+    for _ in range(5):
+        begin = now(device)
+        a @ b
+        times.append(now(device) - begin)
+    return 2 * size**3 / min(times)
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data-dir", type=Path, default=Path("data"))
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--steps", type=int, default=8, help="in a turn")
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--output", type=Path, help="write the figures to this json")
+    args = parser.parse_args()
+    device = select_device(args.device)
+    splits = load_splits(args.data_dir, val_fraction=0, limit=None, seed=0, device=device)
+    peaks = {
+        name: matrix_rate(dtype, device)
+        for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
+    }
+    rows = []
+    for name, surgery in NETWORKS.items():
+        statistics_ = splits.mean, splits.std
+        augmentation = Augmentation("alternating", translate=2)
+        batches = TrainBatches(splits.train, args.batch_size, *statistics_, augmentation, seed=0)
+        model = create_model("custom_cnn", surgery).to(device, memory_format=torch.channels_last)
+        precision, _ = choose_precision("auto", model, next(batches.epoch(0)), device)
+        flop = 6 * multiplications(model)
+        sides = {
+            "plain": plain_steps(splits.train, *statistics_, surgery, args.batch_size, device),
+            "ours": our_steps(batches, model, precision),
+        }
+        for steps in sides.values():
+            rate(steps, 2, device)
+        rates: dict[str, list[float]] = {side: [] for side in sides}
+        for _ in range(args.turns):
+            for side, steps in sides.items():
+                next(steps)  # workers that idled meanwhile have batches in store
+                rates[side].append(rate(steps, args.steps, device))
+        medians = {side: statistics.median(values) for side, values in rates.items()}
+        begin = time.perf_counter()
+        for _, _ in zip(range(20), batches.epoch(1), strict=False):
+            pass
+        augmenting = (time.perf_counter() - begin) / 20
+        rows.append(
+            {
+                "network": name,
+                "multiplications": flop // 6,
+                "precision": precision,
+                "plain_images_per_second": round(medians["plain"], 1),
+                "our_images_per_second": round(medians["ours"], 1),
+                "ratio": round(medians["ours"] / medians["plain"], 2),
+                "flop_per_second": round(flop * medians["ours"]),
+                "utilisation": round(flop * medians["ours"] / peaks[precision], 3),
+                "augmentation_share": round(augmenting * medians["ours"] / args.batch_size, 4),
+            }
+        )
+        print(", ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
+    if args.output:
+        write_json(
+            args.output,
+            {
+                "batch_size": args.batch_size,
+                "environment": environment(device),
+                "matrix_product_flop_per_second": {k: round(v) for k, v in peaks.items()},
+                "rows": rows,
+            },
+        )
+
+
+if __name__ == "__main__":
+    main()

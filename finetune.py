@@ -1,0 +1,177 @@
+"""Fine-tunes an ImageNet network on CIFAR-10: `python finetune.py --arch resnet18`."""
+
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import cli
+import engine
+import runs
+from compute import predict, select_device, settle_precision
+from config import TrainConfig, setting
+from data import Augmentation, TrainBatches
+from features import FeatureBatches, compute_features, predict_features
+from models import ARCHS, OperatedNetwork, freeze
+from weights import imagenet_weights, weights_from_file
+
+# What every torchvision network of 2015 to 2021 was trained with.
+IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+
+
+@dataclass(frozen=True)
+class FineTuneConfig(TrainConfig):
+    """A training's settings, and what is taken from ImageNet."""
+
+    arch: str = setting("resnet18", "the network", choices=tuple(ARCHS))
+    weights: str = setting("imagenet", "imagenet, none (random) or a file")
+    image_size: int | None = setting(None, "upsample to this side, pixels", 32, below=513)
+    unfreeze: str = setting("last", "which part trains", choices=("head", "last", "all"))
+    cache: bool = setting(True, "compute a frozen trunk once")
+    dropout: float = setting(0.2, "share of the classifier's inputs left out", 0, below=1)
+    stage_lr_scale: float = setting(
+        0.6, "learning rate of a stage, relative to the next", 0, below=2
+    )
+
+
+# Far more than in training from scratch, but far less than the classifier alone would bear: the
+# pretrained filters are to be adapted, not unlearned.
+DEFAULTS: dict[str, Any] = {
+    "batch_size": 128,
+    "lr": 1e-3,
+    "weight_decay": 0.05,
+    "label_smoothing": 0.1,
+    "warmup": 0.1,
+    "flip": "alternating",
+    "bias_lr_scale": 1.0,
+}
+EPOCHS = {"head": 10, "last": 6, "all": 3}
+
+
+def parse(argv: list[str] | None) -> FineTuneConfig:
+    """Turns the command line into a config.
+
+    Raises:
+        ValueError: a flag is unknown or its value breaks a rule.
+    """
+    parser = cli.Parser(prog="finetune.py", description=__doc__)
+    cli.add_flags(parser, FineTuneConfig)
+    given = DEFAULTS | vars(parser.parse_args(argv))
+    given.setdefault("epochs", EPOCHS[given.get("unfreeze", "last")])
+    if given.get("image_size") is None:
+        given["image_size"] = ARCHS[given.get("arch", "resnet18")].image_size
+    config = FineTuneConfig(**given)
+    if caches(config) and (config.translate or config.cutout):
+        raise ValueError(
+            "--translate and --cutout change the input of the frozen trunk, whose output is kept: "
+            "add --no-cache, or leave them out"
+        )
+    return config
+
+
+def caches(config: FineTuneConfig) -> bool:
+    """Whether the frozen trunk's output is kept."""
+    return config.cache and config.unfreeze != "all"
+
+
+def start_weights(model: OperatedNetwork, config: FineTuneConfig) -> dict[str, str]:
+    """Loads what the run begins from and returns where it came from, with its SHA-256."""
+    if config.weights == "none":
+        return {"source": "random"}
+    if config.weights == "imagenet":
+        state, provenance = imagenet_weights(config.arch)
+    else:
+        state, provenance = weights_from_file(Path(config.weights))
+    try:
+        model.load_pretrained(state)
+    except ValueError as error:
+        raise ValueError(f"--weights {config.weights}: {error}; is it a {config.arch}?") from error
+    return provenance
+
+
+def parameter_groups(model: OperatedNetwork, config: FineTuneConfig) -> list[dict[str, Any]]:
+    """Groups whose learning rates fall from the head to the stem, stage by stage."""
+    groups = []
+    for depth, stage in enumerate(reversed(model.stages().values())):
+        for group in engine.parameter_groups(stage, config):
+            scale = group["lr_scale"] * config.stage_lr_scale**depth
+            groups.append(group | {"lr_scale": scale})
+    return groups
+
+
+def train(config: FineTuneConfig, command: str) -> None:
+    """Fine-tunes one network and leaves its checkpoint, numbers and pictures."""
+    device = select_device(config.device)
+    with runs.claim(config, config.arch, command) as run:
+        splits = runs.load(config, device)._replace(mean=IMAGENET_MEAN, std=IMAGENET_STD)
+        mean, std = splits.mean, splits.std
+        torch.manual_seed(config.seed)
+        surgery = {
+            "image_size": config.image_size,
+            "open_stem": config.image_size == 32,
+            "dropout": config.dropout,
+        }
+        model = OperatedNetwork(config.arch, **surgery)
+        provenance = start_weights(model, config)
+        trunk, tail = freeze(model, config.unfreeze)
+        model = model.to(device, memory_format=torch.channels_last)
+        augmentation = Augmentation(config.flip, config.translate, config.cutout)
+        batches = TrainBatches(
+            splits.train, config.batch_size, mean, std, augmentation, config.seed
+        )
+        precision = settle_precision(config.precision, model, batches, run.state)
+        described = runs.describe(
+            run,
+            config,
+            arch=config.arch,
+            surgery=surgery,
+            model=model,
+            splits=splits,
+            device=device,
+            precision=precision,
+            weights=provenance,
+        )
+        trained = model
+
+        def val_logits() -> torch.Tensor:
+            return predict(model, splits.val.images, mean, std, precision=precision)
+
+        begin = time.perf_counter()
+        if caches(config):
+            options = (mean, std, precision, config.checkpoint_dir)
+            features = compute_features(trunk, splits.train.images, *options)
+            dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+            batches = FeatureBatches(
+                features, splits.train, config.batch_size, config.flip, config.seed, dtype
+            )
+            trained = tail
+            if splits.val:
+                val_features = compute_features(trunk, splits.val.images, *options)
+
+                def val_logits() -> torch.Tensor:
+                    return predict_features(tail, val_features, precision, dtype)
+
+        history = engine.fit(
+            trained,
+            parameter_groups(model, config),
+            batches,
+            runs.validator(splits, val_logits),
+            config,
+            precision,
+            run.files(described),
+            run.state,
+            time.perf_counter() - begin,
+        )
+        runs.finish(run, described, model, splits, history)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the script; returns its exit code."""
+    return runs.main("finetune.py", argv, lambda command: train(parse(argv), command))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

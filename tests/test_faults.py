@@ -1,0 +1,164 @@
+"""A reduced set of the torture in `benchmarks/`, and the cases that deserve a name."""
+
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import start
+from PIL import Image
+
+import checkpoint
+import downloads
+import evaluate
+import files
+import pictures
+import train_custom
+from benchmarks import faults, fuzz, torture
+
+RUN = ("--recipe", "classic", "--limit", "256", "--batch-size", "32", "--epochs", "40")
+
+
+def test_killed_training_ends_in_the_same_bits(workplace):
+    counts = torture.torture(rounds=1, kills=6, data_dir=workplace / "data", seed=1, report=False)
+    assert counts["kills"] >= 3
+    assert counts["inside_a_write"] >= 1
+    assert counts["differences"] == counts["unreadable"] == 0
+
+
+def test_a_failing_disk_costs_neither_the_run_nor_a_whole_file(workplace):
+    counts = faults.inject(workplace / "data", every=9, report=False)
+    assert counts["faults"] >= 8
+    assert counts["ended_badly"] == counts["broken_files"] == counts["differences"] == 0
+
+
+def test_damaged_and_hostile_files_give_clear_errors(monkeypatch):
+    monkeypatch.setattr(downloads, "SHA256", downloads.SHA256)
+    monkeypatch.setattr(downloads, "BATCH_SIZE", downloads.BATCH_SIZE)
+    results = fuzz.fuzz(count=40, seed=7)
+    for kind, outcomes in results.items():
+        assert set(outcomes) <= {"clear error", "correct"}, (kind, outcomes)
+        assert outcomes["clear error"] >= 5, kind
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "zeroed"])
+def test_damaged_newest_state_is_reported_and_the_one_before_it_used(tmp_path, damage):
+    path = tmp_path / "r.resume.pt"
+    for step in (1, 2):
+        checkpoint.save_state(path, {"step": step, "model": torch.arange(1000.0)})
+    content = bytearray(path.read_bytes())
+    if damage == "truncated":
+        del content[len(content) // 2 :]
+    elif damage == "flipped":
+        content[len(content) // 2] ^= 4
+    else:
+        content[:] = bytes(len(content))
+    path.write_bytes(content)
+    state, problems = checkpoint.load_state(path)
+    assert state["step"] == 1
+    assert len(problems) == 1
+    assert "r.resume.pt" in problems[0]
+    # A save that fails now must not leave the damaged file as the only one.
+    assert checkpoint.load_state(path) == (state, []) or checkpoint.load_state(path)[0]["step"] == 1
+
+
+def test_second_process_of_a_name_is_refused_while_the_first_lives(workplace, capsys):
+    first = start("train_custom", *RUN, cwd=workplace)
+    try:
+        for line in first.stdout:
+            if line.strip().startswith("epoch"):
+                break
+        assert train_custom.main(list(RUN)) == 2
+        assert "by another process" in capsys.readouterr().err
+    finally:
+        first.kill()
+        first.communicate()
+    with files.locked(workplace / "checkpoints/custom_cnn.lock", wait=False) as obtained:
+        assert obtained  # a kill leaves no lock behind
+
+
+def test_second_ctrl_c_stops_at_once_and_the_last_state_is_good(workplace):
+    stuck = (
+        "import checkpoint, time; save = checkpoint.save_state; calls = []\n"
+        "checkpoint.save_state = lambda *a: (calls.append(1), len(calls) > 1 and time.sleep(60),"
+        " save(*a))"
+    )
+    run = start("train_custom", *RUN, "--precision", "fp32", cwd=workplace, before=stuck)
+    state = workplace / "checkpoints/custom_cnn.resume.pt"
+    while not state.exists() and run.poll() is None:
+        time.sleep(0.05)
+    time.sleep(0.5)
+    for _ in range(2):
+        run.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+    _, error = run.communicate(timeout=10)
+    assert run.returncode == 130, error
+    assert "Traceback" not in error
+    assert checkpoint.load_state(state)[0]["epoch"] == 1
+
+
+def test_checkpoint_with_code_is_refused_and_not_run(tmp_path, capsys):
+    trace, path = tmp_path / "executed", tmp_path / "evil.pt"
+    torch.save({"format": checkpoint.FORMAT, "x": fuzz.Code(trace)}, path)
+    assert evaluate.main([str(path)]) == 2
+    assert "not a readable checkpoint" in capsys.readouterr().err
+    assert not trace.exists()
+
+
+def test_compressed_checkpoint_that_would_fill_the_memory_is_refused(tmp_path):
+    path = tmp_path / "bomb.pt"
+    path.write_bytes(fuzz.compressed(fuzz.saved({"format": checkpoint.FORMAT})))
+    with pytest.raises(ValueError, match="compressed"):
+        checkpoint.load(path)
+
+
+def test_picture_of_a_billion_pixels_is_refused(tmp_path):
+    path = tmp_path / "big.png"
+    Image.new("1", (4, 4)).save(path)
+    header = bytearray(path.read_bytes())
+    header[16:24] = (32_000).to_bytes(4, "big") * 2
+    path.write_bytes(header)
+    with pytest.raises(ValueError, match="pixels"):
+        pictures.load(path)
+
+
+def test_write_leaves_the_old_file_when_it_fails_half_way(tmp_path):
+    path = tmp_path / "a.bin"
+    files.write_atomically(path, b"old")
+
+    def break_off(file):
+        file.write(b"new, but")
+        raise OSError(28, os.strerror(28))
+
+    with pytest.raises(OSError, match="No space"):
+        files.write_atomically(path, break_off)
+    assert path.read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.bin"]
+
+
+def test_picture_modes_orientation_and_transparency(tmp_path):
+    half = np.zeros((40, 60, 3), np.uint8)
+    half[:, :30] = 255  # white on the left
+    image = Image.fromarray(half)
+    for mode in ("RGB", "L", "P", "CMYK", "1", "LA", "RGBA", "I;16"):
+        suffix = "tif" if mode in ("CMYK",) else "png"
+        path = tmp_path / f"{mode.replace(';', '')}.{suffix}"
+        if mode == "I;16":
+            Image.fromarray(half[..., 0].astype(np.uint16) * 257).save(path)
+        else:
+            image.convert(mode).save(path)
+        loaded = pictures.load(path)
+        assert loaded.shape == (32, 32, 3)
+        assert loaded[:, :12].mean() > 245, mode
+        assert loaded[:, 20:].mean() < 10, mode
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn clockwise to see it upright
+    image.save(tmp_path / "turned.png", exif=exif)
+    turned = pictures.load(tmp_path / "turned.png")
+    assert turned[:12].mean() > 245
+    assert turned[20:].mean() < 10
+    clear = Image.new("RGBA", (9, 9), (0, 0, 0, 0))
+    clear.save(tmp_path / "clear.png")
+    assert pictures.load(tmp_path / "clear.png").min() == 255

@@ -1,0 +1,195 @@
+import json
+import os
+
+import pytest
+import torch
+import torchvision
+from test_training import rows
+
+import checkpoint
+import compute
+import data
+import features
+import finetune
+import models
+from finetune import FineTuneConfig
+
+# Each network at a size its torchvision original takes too, so that they can be compared.
+MODELS = tuple(models.ARCHS)
+
+
+def operated(arch, **surgery):
+    torch.manual_seed(0)
+    return models.OperatedNetwork(arch, **{"image_size": 64, **surgery}).eval()
+
+
+@pytest.mark.parametrize("arch", MODELS)
+def test_trunk_equals_torchvisions_own_feature_for_feature(arch):
+    torch.manual_seed(1)
+    original = getattr(torchvision.models, arch)(weights=None).eval()
+    model = operated(arch)
+    model.load_pretrained(original.state_dict())
+    images = torch.randn(2, 3, 32, 32)
+    x = torch.nn.functional.interpolate(images, size=64, mode="bilinear", align_corners=False)
+    names = [name for stage in model.row.stages.values() for name in stage]
+    for name in names[: -1 if arch == "vgg19" else None]:  # its last max-pool is the surgery
+        x = original.get_submodule(name)(x)
+    trunk = torch.nn.Sequential(*list(model.stages().values())[:-1])
+    assert torch.equal(trunk(images), x)
+
+
+@pytest.mark.parametrize("arch", MODELS)
+@pytest.mark.parametrize("unfreeze", ["head", "last", "all"])
+def test_stages_compose_to_the_network_and_only_the_named_part_trains(arch, unfreeze):
+    model = operated(arch)
+    trunk, tail = models.freeze(model, unfreeze)
+    images = torch.randn(2, 3, 32, 32)
+    middle = trunk(images) if trunk else images
+    torch.testing.assert_close(tail(middle), model(images))
+    trained = {id(p) for p in model.parameters() if p.requires_grad}
+    assert trained == {id(p) for p in tail.parameters()}
+    assert (trunk is None) == (unfreeze == "all")
+
+
+@pytest.mark.parametrize(
+    ("arch", "total"),
+    [
+        ("vgg19", 20_024_384 + 5_130),
+        ("resnet18", 11_176_512 + 5_130),
+        ("resnet50", 23_508_032 + 20_490),
+        ("mobilenet_v3_small", 1_517_608 + 10_250),
+    ],
+)
+def test_parameter_counts(arch, total):
+    assert models.num_parameters(operated(arch))["total"] == total
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "mobilenet_v3_small"])
+def test_opened_stem_keeps_four_times_the_pixels_or_more(arch):
+    sizes = []
+    for opened in (False, True):
+        stages = list(operated(arch, image_size=32, open_stem=opened).stages().values())
+        sizes.append(torch.nn.Sequential(*stages[:-1])(torch.randn(1, 3, 32, 32)).shape[-1])
+    assert sizes == [1, 4]
+
+
+def test_learning_rates_fall_from_head_to_stem():
+    model = operated("resnet18")
+    models.freeze(model, "all")
+    config = FineTuneConfig(stage_lr_scale=0.5)
+    groups = finetune.parameter_groups(model, config)
+    scales = {id(p): g["lr_scale"] for g in groups for p in g["params"]}
+    assert len(scales) == len(list(model.parameters()))
+    network = model.network
+    assert scales[id(network.fc[1].weight)] == 1
+    assert scales[id(network.layer4[0].conv1.weight)] == 0.5
+    assert scales[id(network.conv1.weight)] == 0.5**5
+
+
+def test_weights_with_a_missing_misshapen_unknown_or_infinite_tensor_are_refused_by_name():
+    model = operated("resnet18")
+    good = torchvision.models.resnet18(num_classes=3).state_dict()
+    model.load_pretrained(good)  # a classifier of another size is no obstacle, nor is none at all
+    model.load_pretrained({k: v for k, v in good.items() if not k.startswith("fc.")})
+    key = "layer3.0.conv1.weight"
+    for bad in (
+        {k: v for k, v in good.items() if k != key},
+        good | {key: good[key][:2]},
+        good | {key: good[key] * torch.inf},
+    ):
+        with pytest.raises(ValueError, match=key):
+            model.load_pretrained(bad)
+    with pytest.raises(ValueError, match=r"layer9\.weight"):
+        model.load_pretrained(good | {"layer9.weight": good[key]})
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_cached_features_give_the_batches_the_uncached_trunk_gives(sample, tmp_path, precision):
+    torch.manual_seed(0)
+    trunk = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 8, 3, stride=2), torch.nn.BatchNorm2d(8), torch.nn.ReLU()
+    ).eval()
+    split = data.Split(
+        torch.from_numpy(sample["train_images"]), torch.from_numpy(sample["train_labels"]).long()
+    )
+    statistics = [0.5] * 3, [0.25] * 3
+    plain = data.TrainBatches(split, 64, *statistics, data.Augmentation("alternating"), seed=5)
+    cache = features.compute_features(trunk, split.images, *statistics, precision, tmp_path)
+    assert cache.shape[:3] == (320, 2, 8)
+    cached = features.FeatureBatches(cache, split, 64, "alternating", 5, torch.float32)
+    for epoch in (0, 1):
+        for (x, labels), (kept, kept_labels) in zip(
+            plain.epoch(epoch), cached.epoch(epoch), strict=True
+        ):
+            assert torch.equal(labels, kept_labels)
+            expected = compute.forward(trunk, x, precision).to(torch.bfloat16).float()
+            torch.testing.assert_close(kept, expected, rtol=1e-2, atol=1e-3)
+
+
+def test_features_that_do_not_fit_in_memory_go_to_a_file_that_vanishes(
+    sample, tmp_path, monkeypatch, capsys
+):
+    images = torch.from_numpy(sample["test_images"])
+    arguments = (torch.nn.Conv2d(3, 4, 3), images, [0.5] * 3, [0.25] * 3, "fp32", tmp_path)
+    kept = features.compute_features(*arguments)
+    assert "in memory" in capsys.readouterr().out
+    monkeypatch.setattr(features, "available_memory", lambda: 1000)
+    mapped = features.compute_features(*arguments)
+    assert f"MB in a file in {tmp_path}" in capsys.readouterr().out
+    assert torch.equal(kept, mapped)
+    assert os.name == "nt" or not list(tmp_path.iterdir())
+
+
+def run(workplace, monkeypatch, *arguments):
+    monkeypatch.setattr(finetune, "EPOCHS", {"head": 2, "last": 1, "all": 1})
+    base = ["--arch", "mobilenet_v3_small", "--image-size", "32", "--batch-size", "64"]
+    assert finetune.main([*base, "--precision", "fp32", "--limit", "128", *arguments]) == 0
+
+
+def test_finetuned_checkpoint_says_where_it_began_and_needs_nothing_to_be_used(
+    workplace, monkeypatch
+):
+    start = torchvision.models.mobilenet_v3_small(weights=None).state_dict()
+    torch.save(start, "start.pth")
+    run(workplace, monkeypatch, "--unfreeze", "last", "--weights", "start.pth")
+    model, saved = checkpoint.load_model(workplace / "checkpoints/mobilenet_v3_small.pt")
+    assert saved["start_weights"]["file"] == "start.pth"
+    assert len(saved["start_weights"]["sha256"]) == 64
+    trained = model.network.state_dict()
+    for key, value in start.items():  # statistics of frozen BatchNorm layers included
+        frozen = key.startswith("features.") and int(key.split(".")[1]) < 9
+        if frozen:
+            assert torch.equal(value, trained[key]), key
+    assert not torch.equal(start["features.12.0.weight"], trained["features.12.0.weight"])
+    described = json.loads((workplace / "results/mobilenet_v3_small/config.json").read_text())
+    assert described["start_weights"] == saved["start_weights"]
+    assert described["parameters"]["trainable"] < described["parameters"]["total"]
+
+
+def test_cache_changes_time_and_nothing_else(workplace, monkeypatch):
+    for name, extra in (("with", []), ("without", ["--no-cache"])):
+        common = ["--weights", "none", "--unfreeze", "head", "--run-name", name]
+        run(workplace, monkeypatch, *common, *extra)
+    losses = [
+        [float(row["train_loss"]) for row in rows(workplace / f"results/{name}/history.csv")]
+        for name in ("with", "without")
+    ]
+    assert losses[0] == pytest.approx(losses[1], abs=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--arch", "resnet19"], ["resnet19", "resnet18"]),
+        (["--image-size", "16"], ["--image-size 16", "32"]),
+        (["--weights", "absent.pth"], ["absent.pth"]),
+        (["--translate", "2"], ["--translate", "--no-cache"]),
+        (["--unfreeze", "some"], ["some"]),
+        (["--weights", "data/cifar10.npz"], ["cifar10.npz", "torch.save"]),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(workplace, capsys, arguments, words):
+    assert finetune.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert all(word in error for word in words), error
