@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import tensorfile
 from config import is_file_name
 from files import write_atomically
-from models import create_model, num_outputs
+from models import create_model
 
 FORMAT = "cifar10-pytorch/1"
 # Besides tensors, dicts, lists and tuples; a subclass of these may need code to be read.
@@ -134,9 +134,16 @@ def load_model(path: Path, device: torch.device | str = "cpu") -> tuple[nn.Modul
     if unknown := state.keys() - model.state_dict().keys():
         raise ValueError(f"{path} holds {min(unknown)!r}, which {content['arch']} has not")
     model.load_state_dict(state, assign=True)
-    if num_outputs(model) != len(content["classes"]):
+    model = model.to(device, memory_format=torch.channels_last).eval()
+    try:
+        with torch.inference_mode():
+            shape = model(torch.zeros(1, 3, 32, 32, device=device)).shape
+    except (RuntimeError, TypeError, ValueError) as error:
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"{path}: its network cannot be run ({reason})") from error
+    if shape != (1, len(content["classes"])):
         raise ValueError(f"{path} names {len(content['classes'])} classes, its network has others")
-    return model.to(device, memory_format=torch.channels_last).eval(), content
+    return model, content
 
 
 def digest(content: Any) -> str:

@@ -7,10 +7,18 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 from types import FrameType
 from typing import Any, get_args
 
 from config import flag
+
+# What a path or value that cannot be used raises.
+UNUSABLE = (
+    *(ValueError, FileNotFoundError, FileExistsError),
+    *(PermissionError, NotADirectoryError, IsADirectoryError),
+)
 
 
 def exit_code(script: Callable[[], None]) -> int:
@@ -29,7 +37,7 @@ def exit_code(script: Callable[[], None]) -> int:
         script()
         sys.stdout.flush()
         return 0
-    except (ValueError, FileNotFoundError, PermissionError, NotADirectoryError) as error:
+    except UNUSABLE as error:
         return _fail(error, 2)
     except Stopped as stop:
         return _fail(stop, 128 + stop.number)
@@ -38,8 +46,13 @@ def exit_code(script: Callable[[], None]) -> int:
     except BrokenPipeError:  # the reader of our output has gone, as with `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (OSError, MemoryError, FloatingPointError, torch_error()) as error:
+    except (OSError, MemoryError, FloatingPointError) as error:
         return _fail(error, 1)
+    except RuntimeError as error:  # torch has an own type for this on GPUs only
+        if "memory" not in str(error):
+            raise
+        reason = str(error).split("\n")[0]
+        return _fail(f"out of memory, try a smaller --batch-size ({reason})", 1)
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -52,13 +65,6 @@ class Stopped(BaseException):  # no `except Exception` may swallow a signal
         self.number = number
 
 
-def torch_error() -> type[Exception]:
-    """The error torch raises when the device's memory is full."""
-    import torch
-
-    return torch.OutOfMemoryError
-
-
 def _fail(reason: object, code: int) -> int:
     text = " ".join(str(reason).split("\n")) if code == 2 else str(reason)
     print(f"error: {text or type(reason).__name__}", file=sys.stderr, flush=True)
@@ -67,7 +73,11 @@ def _fail(reason: object, code: int) -> int:
 
 def command_line(script: str, argv: list[str] | None) -> str:
     """The command a person would type for this run."""
-    return shlex.join(["python", script, *(sys.argv[1:] if argv is None else argv)])
+    python = "python"
+    with suppress(ValueError):  # the environment of `make train` need not be the active one
+        inside = Path(sys.executable).relative_to(Path.cwd())
+        python = str(inside)
+    return shlex.join([python, script, *(sys.argv[1:] if argv is None else argv)])
 
 
 class Parser(argparse.ArgumentParser):

@@ -135,7 +135,7 @@ def predict(
     batch_size: int = 500,
     precision: str = "fp32",
     tta: str = "none",
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Logits of every image, in order, the last partial batch included.
 
     fp32 by default, so that a reported accuracy does not depend on what the machine does fast.
@@ -150,14 +150,15 @@ def predict(
         tta: see `views`.
 
     Returns:
-        (N, C) float32 on the CPU, averaged over the views.
+        (N, C) float32 on the CPU of the images as they are, and averaged over the views.
     """
     model.eval()
-    logits = []
+    plain, averaged = [], []
     for part in images.split(batch_size):
         outputs = [forward(model, x, precision) for x in views(normalize(part, mean, std), tta)]
-        logits.append(torch.stack(outputs).mean(0))
-    return torch.cat(logits).cpu()
+        plain.append(outputs[0])
+        averaged.append(torch.stack(outputs).mean(0))
+    return torch.cat(plain).cpu(), torch.cat(averaged).cpu()
 
 
 def now(device: torch.device) -> float:

@@ -84,6 +84,10 @@ class TrainConfig:
         }
 
 
+# Settings that say where and how often files are written, not what is computed.
+HARMLESS = {e.name for e in dataclasses.fields(TrainConfig) if e.metadata.get("harmless")}
+
+
 def is_file_name(name: str) -> bool:
     """Whether a run's name makes file names of its own on every system."""
     taken = name.lower().endswith((".resume", ".md", "."))

@@ -87,6 +87,41 @@ def lr_factor(step: int, num_steps: int, warmup: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - rise) / (num_steps - rise)))
 
 
+def train_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    x: Tensor,
+    labels: Tensor,
+    precision: str,
+    label_smoothing: float,
+) -> tuple[Tensor, Tensor]:
+    """One optimiser step, which changes nothing where loss or gradient are not finite.
+
+    Args:
+        model: in training mode.
+        optimizer: made by `make_optimizer`.
+        x: inputs (B, ...).
+        labels: (B,) int64.
+        precision: "fp32" or "bf16".
+        label_smoothing: in [0, 1).
+
+    Returns:
+        (3,) summed loss (nats), correct predictions and images; and whether a number was not finite
+        (bool). Both stay on the device, so that nothing waits for it.
+    """
+    logits = forward(model, x, precision)
+    loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+    loss.backward()
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
+    bad = ~torch.isfinite(nn.utils.get_total_norm(gradients) + loss.detach())
+    optimizer.found_inf = bad.float()  # as GradScaler does: the fused kernel then skips the step
+    optimizer.step()
+    optimizer.zero_grad()
+    correct = (logits.detach().argmax(1) == labels).sum()
+    size = torch.full_like(correct, len(labels))
+    return torch.stack([loss.detach() * len(labels), correct, size]), bad
+
+
 @dataclass(frozen=True)
 class RunFiles:
     """Where a training keeps its state and its history, and the command that resumes it.
@@ -133,7 +168,6 @@ def fit(
     """
     device = next(model.parameters()).device
     optimizer = make_optimizer(groups, config)
-    parameters = [p for group in groups for p in group["params"]]
     num_steps = config.epochs * batches.num_steps
     history: list[dict[str, Any]] = []
     epoch = step = 0
@@ -209,19 +243,11 @@ def fit(
                     lr = config.lr * lr_factor(done, num_steps, config.warmup)
                     for group in optimizer.param_groups:
                         group["lr"] = lr * group["lr_scale"]
-                    logits = forward(network, x, precision)
-                    loss = F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
-                    loss.backward()
-                    norm = nn.utils.get_total_norm([p.grad for p in parameters])
-                    bad = ~torch.isfinite(norm + loss.detach())
+                    measured, bad = train_step(
+                        network, optimizer, x, labels, precision, config.label_smoothing
+                    )
+                    sums += measured
                     bad_step = torch.where((bad_step < 0) & bad, done, bad_step)
-                    optimizer.found_inf = bad.float()  # the fused kernel then changes nothing
-                    optimizer.step()
-                    optimizer.zero_grad()
-                    with torch.no_grad():
-                        correct = (logits.argmax(1) == labels).sum()
-                        size = torch.full_like(correct, len(labels))
-                        sums += torch.stack([loss.detach() * len(labels), correct, size])
                     step += 1
                     bar.update(len(labels))
                     due = received or time.perf_counter() - saved > 60 * config.save_every

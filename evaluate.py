@@ -2,6 +2,7 @@
 
 import sys
 import time
+from datetime import date
 from pathlib import Path
 
 import numpy as np
@@ -52,29 +53,39 @@ def judge(
         The content of test.json.
     """
     model, saved = checkpoint.load_model(path, device)
+    digest = sha256(path)
+    earlier = reports.read_test_report(results_dir / saved["name"])
+    if earlier.get("checkpoint_sha256", digest) != digest:
+        raise ValueError(
+            f"{results_dir / saved['name']}/ holds the results of another checkpoint than {path}: "
+            "give --results-dir"
+        )
     arrays = cifar10(data_dir)
     limit = saved["config"].get("limit")  # a smoke run is judged on what it was meant for
     images = torch.from_numpy(arrays.test_images[:limit]).to(device)
     labels = torch.from_numpy(arrays.test_labels[:limit].astype(np.int64))
     begin = time.perf_counter()
-    options = {"mean": saved["mean"], "std": saved["std"], "batch_size": batch_size}
-    logits = predict(model, images, **options)
-    logits_tta = None if tta == "none" else predict(model, images, tta=tta, **options)
+    logits, logits_tta = predict(
+        model, images, saved["mean"], saved["std"], batch_size=batch_size, tta=tta
+    )
+    seconds = round(time.perf_counter() - begin, 1)
     return reports.write_test_report(
         results_dir / saved["name"],
         logits=logits,
         labels=labels,
-        logits_tta=logits_tta,
+        logits_tta=None if tta == "none" else logits_tta,
         temperature=saved["metrics"].get("temperature"),
         images=images.cpu(),
         classes=saved["classes"],
         name=saved["name"],
         extra={
             "tta": tta,
-            "checkpoint_sha256": sha256(path),
+            "checkpoint_sha256": digest,
             "device": environment(device)["hardware"],
-            "seconds": round(time.perf_counter() - begin, 1),
+            "seconds": seconds,
+            "date": date.today().isoformat(),
         },
+        earlier=earlier,
     )
 
 
@@ -112,8 +123,8 @@ def classify(path: Path, wanted: list[Path], device: torch.device) -> None:
             print(f"error: {error}", file=sys.stderr)
             unreadable += 1
             continue
-        logits = predict(model, image, saved["mean"], saved["std"], tta="flip")[0]
-        probabilities = (logits / (saved["metrics"].get("temperature") or 1.0)).softmax(0)
+        _, logits = predict(model, image, saved["mean"], saved["std"], tta="flip")
+        probabilities = (logits[0] / (saved["metrics"].get("temperature") or 1.0)).softmax(0)
         top = probabilities.topk(3)
         guesses = (
             f"{saved['classes'][index]} {100 * value:.1f} %"
@@ -136,28 +147,34 @@ def evaluate(argv: list[str] | None) -> None:
             f"no finished checkpoint in {args.checkpoint_dir}/: run `python train_custom.py` "
             "first, or name one"
         )
-    if args.predict:
-        for path in checkpoints:
-            if len(checkpoints) > 1:
-                print(f"{path}:")
-            classify(path, args.predict, device)
-        return
+    problems = []
     for path in checkpoints:
-        report = judge(
-            path,
-            tta=args.tta,
-            data_dir=args.data_dir,
-            device=device,
-            batch_size=args.batch_size,
-            results_dir=args.results_dir,
-        )
+        try:
+            if args.predict:
+                if len(checkpoints) > 1:
+                    print(f"{path}:")
+                classify(path, args.predict, device)
+                continue
+            report = judge(
+                path,
+                tta=args.tta,
+                data_dir=args.data_dir,
+                device=device,
+                batch_size=args.batch_size,
+                results_dir=args.results_dir,
+            )
+        except (ValueError, FileNotFoundError) as error:  # the others still come out
+            problems.append(str(error))
+            continue
         run_dir = args.results_dir / report["name"]
         print(f"{path}\n{summary_lines(report)}\n\n{reports.per_class_table(report)}\n")
         print(f"numbers  {run_dir}/test.json\npictures {run_dir}/*.png\n", flush=True)
-    rows = reports.write_results_readme(args.results_dir)
-    if not args.checkpoints:
-        print(reports.terminal_table(rows))
-        print(f"table    {args.results_dir / 'README.md'}")
+    if not args.predict and len(problems) < len(checkpoints):
+        rows = reports.write_results_readme(args.results_dir)
+        if not args.checkpoints:
+            print(f"{reports.terminal_table(rows)}\ntable    {args.results_dir / 'README.md'}")
+    if problems:
+        raise ValueError("; ".join(problems))
 
 
 def main(argv: list[str] | None = None) -> int:

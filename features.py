@@ -75,14 +75,17 @@ def _allocate(shape: tuple[int, ...], scratch_dir: Path) -> Tensor:
 
 
 def available_memory() -> float:
-    """Bytes that can be allocated without swapping; infinite where the system does not say."""
-    try:
+    """Bytes that can be allocated without swapping; where the system does not say, a guess."""
+    limits = []
+    with suppress(OSError, ValueError):  # a container's own limit; "max" where there is none
+        limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    with suppress(OSError):
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
-                return 1024 * int(line.split()[1])
-    except OSError:
-        pass  # not Linux
-    return float("inf")
+                limits.append(1024 * int(line.split()[1]))
+    if not limits and hasattr(os, "sysconf"):
+        limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    return min(limits, default=4e9)
 
 
 class FeatureBatches(TrainBatches):

@@ -26,6 +26,8 @@ CLIENT_TIMEOUT = 30  # seconds a package client may write nothing; it also start
 # what the downloaders of torch and torchvision say to a wrong hash.
 FETCH_ERRORS = (OSError, ValueError, RuntimeError, http.client.HTTPException)
 
+UNWRITABLE = (PermissionError, NotADirectoryError, FileExistsError)
+
 
 class Absent(OSError):
     """A copy the user never placed: no failure to report, only a line of the final message."""
@@ -66,7 +68,8 @@ def workspace(folder: Path, name: str) -> Iterator[Path]:
     same name (half-written files of `write_atomically` too) is removed at the beginning.
 
     Raises:
-        OSError: `folder` cannot be written.
+        ValueError: `folder` is no folder, or must not be written.
+        OSError: it cannot be written for another reason, a full disk for instance.
     """
     with ExitStack() as stack:
         try:
@@ -79,7 +82,8 @@ def workspace(folder: Path, name: str) -> Iterator[Path]:
             made = tempfile.TemporaryDirectory(prefix=f".{name}.", dir=folder)
             temporary = Path(stack.enter_context(made))
         except OSError as error:
-            raise OSError(
+            kind = ValueError if isinstance(error, UNWRITABLE) else OSError
+            raise kind(
                 f"{folder} must be a folder that can be written, {name} is kept there ({error}); "
                 "change its permissions or choose another folder"
             ) from error

@@ -1,10 +1,12 @@
 """Files that are whole or absent: atomic writes, hashes, a lock that dies with its process."""
 
+import errno
 import hashlib
 import io
 import json
 import os
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -57,6 +59,9 @@ def sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:  # some network file systems cannot sync folders
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
     finally:
         os.close(descriptor)
 
@@ -96,11 +101,23 @@ def locked(path: Path, wait: bool) -> Iterator[bool]:
             if fcntl:
                 fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             else:
-                msvcrt.locking(file.fileno(), msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)
+                file.seek(0)
+                while not _locked_on_windows(file):
+                    if not wait:
+                        raise BlockingIOError
+                    time.sleep(0.2)
             obtained = True
-        except (BlockingIOError, PermissionError):
+        except BlockingIOError:
             obtained = False
         yield obtained
+
+
+def _locked_on_windows(file: BinaryIO) -> bool:
+    try:
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    except PermissionError:
+        return False
+    return True
 
 
 def _umask() -> int:

@@ -137,7 +137,7 @@ def train(config: FineTuneConfig, command: str) -> None:
         trained = model
 
         def val_logits() -> torch.Tensor:
-            return predict(model, splits.val.images, mean, std, precision=precision)
+            return predict(model, splits.val.images, mean, std, precision=precision)[0]
 
         begin = time.perf_counter()
         if caches(config):

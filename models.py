@@ -264,11 +264,6 @@ def create_model(arch: str, surgery: dict[str, Any]) -> nn.Module:
     raise ValueError(f"architecture {arch!r} is unknown: choose custom_cnn or {', '.join(ARCHS)}")
 
 
-def num_outputs(model: nn.Module) -> int:
-    """Number of classes: the width of the last linear layer."""
-    return [module for module in model.modules() if isinstance(module, nn.Linear)][-1].out_features
-
-
 def num_parameters(model: nn.Module) -> dict[str, int]:
     """Counts parameters: all of them, and those that train."""
     return {

@@ -1,6 +1,8 @@
 """A person's own pictures, of any size, mode or format Pillow opens, as CIFAR-10 images."""
 
+import struct
 import warnings
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,12 +15,18 @@ MAX_PIXELS = 100_000_000
 
 def find(paths: list[Path]) -> Iterator[Path]:
     """Yields each named file, and every file with a picture's ending in each named folder."""
-    endings = Image.registered_extensions()
+    endings = {e for e, kind in Image.registered_extensions().items() if kind in readable()}
     for path in paths:
         if path.is_dir():
             yield from sorted(p for p in path.iterdir() if p.suffix.lower() in endings)
         else:
             yield path
+
+
+def readable() -> list[str]:
+    """The formats Pillow opens by itself; for EPS it would run Ghostscript, a whole language."""
+    Image.init()
+    return sorted(Image.OPEN.keys() - {"EPS"})
 
 
 def load(path: Path, size: int = 32) -> np.ndarray:
@@ -37,23 +45,22 @@ def load(path: Path, size: int = 32) -> np.ndarray:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd metadata; the pixels are what counts
-            with Image.open(path) as image:
+            with Image.open(path, formats=readable()) as image:
                 if image.width * image.height > MAX_PIXELS:
-                    raise ValueError(
-                        f"{path}: {image.width} x {image.height} pixels are more than "
-                        f"{MAX_PIXELS:,}; make it smaller"
-                    )
+                    raise Image.DecompressionBombError
                 image.draft("RGB", (8 * size, 8 * size))  # JPEG decodes at a fraction of the size
                 image = ImageOps.exif_transpose(image)
                 return np.asarray(_square(_rgb(image), size))
     except Image.DecompressionBombError:
-        raise ValueError(f"{path}: more than {MAX_PIXELS:,} pixels; make it smaller") from None
+        raise ValueError(f"{path}: has more than {MAX_PIXELS:,} pixels; make it smaller") from None
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
     except UnidentifiedImageError:
         raise ValueError(f"{path}: not a picture in a format Pillow knows") from None
-    except (OSError, SyntaxError, EOFError, IndexError, TypeError, OverflowError) as error:
-        # Pillow's decoders raise any of these for damaged files.
+    except (
+        *(OSError, SyntaxError, EOFError, LookupError, TypeError, ValueError, ArithmeticError),
+        *(AttributeError, RuntimeError, MemoryError, struct.error, zlib.error),
+    ) as error:  # Pillow's decoders raise any of these for damaged files
         raise ValueError(f"{path}: cannot be read ({error})") from error
 
 

@@ -15,12 +15,10 @@ import numpy as np
 from torch import Tensor
 
 import metrics
-from files import write_atomically, write_json
+from config import HARMLESS
+from files import locked, write_atomically, write_json
 
 Row = dict[str, Any]
-
-# Settings that say where and how often files are written, not what is computed.
-HARMLESS = {"run_name", "resume", "save_every", "data_dir", "checkpoint_dir", "results_dir"}
 
 HEADER = """\
 # Results
@@ -47,6 +45,7 @@ def write_test_report(
     classes: Sequence[str],
     name: str,
     extra: dict[str, Any],
+    earlier: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Writes `test.json` and the pictures of a run.
 
@@ -62,6 +61,8 @@ def write_test_report(
         images: (N, 32, 32, 3) uint8, in the order of the labels.
         classes: C names.
         name: the run's name, which titles the pictures.
+        earlier: a report on the same checkpoint, whose test-time augmentation is kept where there
+            is none now.
         extra: further JSON-safe entries, such as the checkpoint's hash, device, seconds and date.
 
     Returns:
@@ -75,6 +76,8 @@ def write_test_report(
 
     summary = metrics.summarize(logits, labels, temperature, logits_tta, classes=classes)
     report = {"name": name, **summary, **extra}
+    if logits_tta is None and earlier:
+        report |= {key: earlier[key] for key in ("tta", "top1_tta") if key in earlier}
     write_json(run_dir / "test.json", report)
 
     matrix = metrics.confusion_matrix(logits, labels)
@@ -88,6 +91,14 @@ def write_test_report(
         if history:
             figures.curves(history, run_dir / "curves.png", name)
     return report
+
+
+def read_test_report(run_dir: Path) -> dict[str, Any]:
+    """The test.json of a run; empty where there is none that can be read."""
+    try:
+        return _read(run_dir / "test.json")
+    except (OSError, ValueError):
+        return {}
 
 
 def per_class_table(summary: dict[str, Any]) -> str:
@@ -119,7 +130,7 @@ def comparison_rows(results_dir: Path) -> list[Row]:
             rows.append(_row(run_dir))
         except FileNotFoundError as error:
             print(f"{run_dir}: left out, no {Path(error.filename).name}", file=sys.stderr)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, AttributeError, TypeError) as error:  # odd JSON
             print(f"{run_dir}: left out, {error}", file=sys.stderr)
     return sorted(rows, key=lambda row: -row["top1"])
 
@@ -187,8 +198,9 @@ def terminal_table(rows: Sequence[Row]) -> str:
 
 def write_results_readme(results_dir: Path) -> list[Row]:
     """Writes results_dir/README.md, the table of all runs, and returns its rows."""
-    rows = comparison_rows(results_dir)
-    write_atomically(results_dir / "README.md", HEADER + comparison_table(rows))
+    with locked(results_dir / "README.lock", wait=True):  # or a run that ends meanwhile is lost
+        rows = comparison_rows(results_dir)
+        write_atomically(results_dir / "README.md", HEADER + comparison_table(rows))
     return rows
 
 
@@ -198,7 +210,9 @@ def _row(run_dir: Path) -> Row:
     if not (isinstance(top1, float | int) and 0 <= top1 <= 1):  # NaN fails too
         raise ValueError(f"top1 {top1!r} in test.json must be a fraction in [0, 1]")
     config = run.get("config", {})
-    settings = {key: value for key, value in config.items() if key not in {"seed", *HARMLESS}}
+    settings = {
+        key: value for key, value in config.items() if key not in {"seed", "run_name", *HARMLESS}
+    }
     unfreeze = config.get("unfreeze")
     return {
         "run": run_dir.name,

@@ -293,13 +293,10 @@ def finish(
     write_json(run.results_dir / "config.json", described)
     temperature = None
     if splits.val:
-        logits = predict(model, splits.val.images, splits.mean, splits.std)
+        logits, _ = predict(model, splits.val.images, splits.mean, splits.std)
         temperature = metrics.fit_temperature(logits, splits.val.labels.cpu())
     begin = time.perf_counter()
-    logits, logits_tta = (
-        predict(model, splits.test.images, splits.mean, splits.std, tta=tta)
-        for tta in ("none", "flip")
-    )
+    logits, logits_tta = predict(model, splits.test.images, splits.mean, splits.std, tta="flip")
     seconds = round(time.perf_counter() - begin, 1)
     labels = splits.test.labels.cpu()
     last = {k: v for k, v in history[-1].items() if k not in ("images_per_second", "seconds")}

@@ -18,6 +18,8 @@ UNREADABLE = (
     *(NotImplementedError, zipfile.LargeZipFile),
 )
 
+MAX_VALUES = 1_000_000
+
 
 def read(path: Path, device: torch.device | str = "cpu") -> Any:
     """Opens what `torch.save` wrote: tensors and plain types, nothing else.
@@ -48,16 +50,20 @@ def read(path: Path, device: torch.device | str = "cpu") -> Any:
     return content
 
 
-def _check(value: Any) -> None:
-    """Refuses views that repeat few bytes many times, and structures that contain themselves."""
-    if isinstance(value, Tensor):
-        if value.layout != torch.strided or value.is_meta or value.is_quantized:
-            raise ValueError("it holds a tensor without plain values")
-        if value.numel() * value.element_size() > value.untyped_storage().nbytes():
-            raise ValueError("it holds a tensor larger than its bytes")
-    elif isinstance(value, Mapping):
-        for entry in value.values():
-            _check(entry)
-    elif isinstance(value, list | tuple | set):
-        for entry in value:
-            _check(entry)
+def _check(content: Any) -> None:
+    """Refuses views that repeat few bytes many times, and structures that unfold without end."""
+    waiting, seen = [content], 0
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, Tensor):
+            if value.layout != torch.strided or value.is_meta or value.is_quantized:
+                raise ValueError("it holds a tensor without plain values")
+            if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+                raise ValueError("it holds a tensor larger than its bytes")
+        elif isinstance(value, Mapping):
+            waiting += value.values()
+        elif isinstance(value, list | tuple | set):
+            waiting += value
+        seen += 1
+        if seen > MAX_VALUES or len(waiting) > MAX_VALUES:
+            raise ValueError(f"it holds more than {MAX_VALUES:,} values")

@@ -86,7 +86,7 @@ def train(config: TrainConfig, command: str) -> None:
             batches,
             runs.validator(
                 splits,
-                lambda: predict(model, splits.val.images, mean, std, precision=precision),
+                lambda: predict(model, splits.val.images, mean, std, precision=precision)[0],
             ),
             config,
             precision,

@@ -31,7 +31,7 @@ ARGUMENTS = (
     *("--device", "cpu", "--epochs", "2", "--run-name", "custom_cnn"),
 )
 CODES = (errno.ENOSPC, errno.EIO, errno.EACCES)
-KINDS = ("write", "fsync", "replace", "mkstemp")
+KINDS = ("write", "fsync", "replace", "mkstemp", "open")
 
 
 @contextlib.contextmanager
@@ -60,9 +60,16 @@ def fault(kind: str, number: int, code: int) -> Iterator[list[int]]:
             return super().write(content)
 
     def opened(file, mode="r", *arguments, **options):
-        return HalfFile(file, "w") if mode == "wb" else real_open(file, mode, *arguments, **options)
+        if kind == "write" and mode == "wb":
+            return HalfFile(file, "w")
+        return real_open(file, mode, *arguments, **options)
 
-    real_open = builtins.open
+    real_open, real_os_open = builtins.open, os.open
+
+    def failing_open(file, mode, *arguments, **options):
+        function = real_open if isinstance(mode, str) else real_os_open
+        return failing(function)(file, mode, *arguments, **options)
+
     real = {
         (os, "fsync"): os.fsync,
         (os, "replace"): os.replace,
@@ -71,12 +78,15 @@ def fault(kind: str, number: int, code: int) -> Iterator[list[int]]:
     try:
         if kind == "write":
             files.open = opened
+        elif kind == "open":  # files, locks and the folders that are synced
+            files.open = os.open = failing_open
         for (module, name), function in real.items():
             if name == kind:
                 setattr(module, name, failing(function))
         yield calls
     finally:
         files.__dict__.pop("open", None)
+        os.open = real_os_open
         for (module, name), function in real.items():
             setattr(module, name, function)
 
@@ -94,7 +104,7 @@ def train(data_dir: Path) -> tuple[int, str]:
 def broken_files(folder: Path) -> list[str]:
     """Files whose name says that they are whole and whose content is not; and forgotten ones."""
     broken = [str(path) for path in folder.rglob("*.tmp")]
-    for path in folder.rglob("*.pt"):
+    for path in (*folder.rglob("*.pt"), *folder.rglob("*.pt.previous")):
         try:
             checkpoint.load(path)
         except ValueError:
@@ -120,11 +130,11 @@ def empty_folder() -> Iterator[Path]:
 
 
 def inject(data_dir: Path, every: int = 1, report: bool = True) -> dict[str, int]:
-    """Lets each call fail in turn, with one of the three errors after the other.
+    """Lets each call fail in turn with each of the three errors.
 
     Args:
         data_dir: where CIFAR-10 is kept.
-        every: inject into every n-th call only.
+        every: inject only every n-th of these faults.
         report: print a line a kind.
     """
     counts = dict.fromkeys(("faults", "ended_badly", "broken_files", "differences"), 0)
@@ -133,9 +143,10 @@ def inject(data_dir: Path, every: int = 1, report: bool = True) -> dict[str, int
             with fault(kind, 0, 0) as calls:
                 train(data_dir)
             expected = outcome(folder)
-        for number in range(1, calls[0] + 1, every):
+        each = [(number, code) for number in range(1, calls[0] + 1) for code in CODES]
+        for number, error_code in each[::every]:
             with empty_folder() as folder:
-                with fault(kind, number, CODES[number % len(CODES)]) as done:
+                with fault(kind, number, error_code) as done:
                     code, error = train(data_dir)
                 counts["faults"] += done[0] >= number
                 counts["ended_badly"] += code not in (0, 1, 2) or (code and error.count("\n") != 1)

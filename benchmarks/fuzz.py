@@ -15,6 +15,7 @@ import signal
 import sys
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ import downloads
 import files
 import models
 import pictures
+import tensorfile
 import weights
 from compute import predict
 
@@ -89,8 +91,17 @@ def odd_value(chance: random.Random, trace: Path) -> Any:
             lambda: torch.zeros(1).expand(10**9),
             lambda: torch.eye(3).to_sparse(),
             lambda: Code(trace),
+            endless,
         )
     )()
+
+
+def endless() -> list:
+    """A list of 2^60 values that takes a few bytes."""
+    value: list = []
+    for _ in range(60):
+        value = [value, value]
+    return value
 
 
 def rewritten(content: dict[str, Any], chance: random.Random, trace: Path) -> dict[str, Any]:
@@ -164,6 +175,7 @@ class Checkpoints:
         elif kind < 0.95:
             content = rewritten(self.content, self.chance, self.trace)
             with contextlib.suppress(Exception):
+                tensorfile._check(content)  # or the digest would not end
                 content["sha256"] = checkpoint.digest(content)
             self.path.write_bytes(saved(content))
         else:
@@ -173,7 +185,7 @@ class Checkpoints:
     def load(self) -> torch.Tensor:
         """The logits of some images."""
         model, content = checkpoint.load_model(self.path)
-        return predict(model, self.images, content["mean"], content["std"])
+        return predict(model, self.images, content["mean"], content["std"])[0]
 
     def correct(self, result: torch.Tensor) -> bool:
         """A signed change of the content is a checkpoint of its own; damage must not pass."""
@@ -262,6 +274,16 @@ class Datasets:
         return all(np.array_equal(v, self.arrays[k]) for k, v in result._asdict().items())
 
 
+def huge_png() -> bytes:
+    """A valid header that promises a billion pixels."""
+    buffer = io.BytesIO()
+    Image.new("1", (4, 4)).save(buffer, "PNG")
+    content = bytearray(buffer.getvalue())
+    content[16:24] = (32_000).to_bytes(4, "big") * 2
+    content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
+    return bytes(content)
+
+
 class Pictures:
     """A photograph in many formats; a correct result is a 32x32 RGB image."""
 
@@ -274,10 +296,7 @@ class Pictures:
             buffer = io.BytesIO()
             image.save(buffer, kind)
             self.whole.append(buffer.getvalue())
-        # A header that promises a billion pixels.
-        bomb = bytearray(self.whole[0])
-        bomb[16:24] = (32_000).to_bytes(4, "big") * 2
-        self.whole.append(bytes(bomb))
+        self.whole.append(huge_png())
 
     def mutate(self) -> None:
         """Damages one of the formats."""
@@ -292,18 +311,22 @@ class Pictures:
         return result.shape == (32, 32, 3) and result.dtype == np.uint8
 
 
+class Hang(BaseException):
+    """Raised by the alarm; no loader can take it for a damaged file."""
+
+
 def attempt(case: Any) -> str:
     """Loads a mutated file and says what came of it."""
 
     def hang(number: int, frame: object) -> None:
-        raise TimeoutError
+        raise Hang
 
     signal.signal(signal.SIGALRM, hang)
     signal.alarm(SECONDS)
     try:
         result = case.load()
         outcome = "correct" if case.correct(result) else "wrong answer"
-    except TimeoutError:
+    except Hang:
         outcome = "hang"
     except (ValueError, FileNotFoundError, OSError) as error:
         outcome = "clear error" if str(error) else "empty error"

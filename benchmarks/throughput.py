@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 import engine
-from compute import choose_precision, forward, now, select_device, train_mode
+from compute import choose_precision, now, select_device, train_mode
 from config import TrainConfig
 from data import Augmentation, Split, TrainBatches, load_splits
 from files import write_json
@@ -77,9 +77,7 @@ def our_steps(batches: TrainBatches, model: nn.Module, precision: str) -> Iterat
     epoch = 0
     while True:
         for x, labels in batches.epoch(epoch):
-            F.cross_entropy(forward(model, x, precision), labels, label_smoothing=0.2).backward()
-            optimizer.step()
-            optimizer.zero_grad()
+            engine.train_step(model, optimizer, x, labels, precision, config.label_smoothing)
             yield len(labels)
         epoch += 1
 

@@ -6,9 +6,9 @@ end in exactly the checkpoint and history of the run that nobody disturbed.
 """
 
 import argparse
-import contextlib
 import csv
 import mmap
+import multiprocessing
 import os
 import random
 import signal
@@ -122,18 +122,25 @@ def torture(
         data_dir: where CIFAR-10 is kept.
         seed: of the moments of the kills.
         report: print a line a round.
+
+    Returns:
+        rounds, kills, how many of them fell inside a write, results that differ from the
+        undisturbed run's, unreadable states, and states older than one seen before.
     """
     chance, writing = random.Random(seed), mmap.mmap(-1, 1)
-    counts = dict.fromkeys(("rounds", "kills", "inside_a_write", "differences", "unreadable"), 0)
+    counts = dict.fromkeys(
+        ("rounds", "kills", "inside_a_write", "differences", "unreadable", "lost"), 0
+    )
     with tempfile.TemporaryDirectory() as scratch:
         whole = Path(scratch) / "whole"
         whole.mkdir()
         begin = time.monotonic()
         finish_undisturbed(whole, data_dir, writing)
-        longest, expected = time.monotonic() - begin, outcome(whole)
+        longest, expected = time.monotonic() - begin, in_child(outcome, whole)
         for number in range(1, rounds + 1):
             folder = Path(scratch) / str(number)
             folder.mkdir()
+            reached = (0, 0)
             for _ in range(kills):
                 writing[0] = 0
                 pid = train_in_child(folder, data_dir, writing, delay=0.01)
@@ -142,18 +149,46 @@ def torture(
                     break
                 counts["kills"] += 1
                 counts["inside_a_write"] += died == "write"
-                state = folder / "checkpoints" / "custom_cnn.resume.pt"
-                with contextlib.suppress(ValueError):
-                    checkpoint.load_state(state)
-                    continue
-                counts["unreadable"] += 1
-            if not (folder / "checkpoints" / "custom_cnn.pt").exists() or died != "done":
+                try:
+                    before, reached = reached, in_child(progress, folder, reached)
+                    counts["lost"] += reached < before
+                except ValueError:
+                    counts["unreadable"] += 1
+            else:
                 finish_undisturbed(folder, data_dir, writing)
             counts["rounds"] += 1
-            counts["differences"] += outcome(folder) != expected
+            counts["differences"] += in_child(outcome, folder) != expected
             if report:
                 print(", ".join(f"{key} {value}" for key, value in counts.items()), flush=True)
     return counts
+
+
+def progress(folder: Path, reached: tuple[int, int]) -> tuple[int, int]:
+    """Epoch and step of the saved state; what was reached before once the run is through."""
+    state, _ = checkpoint.load_state(folder / "checkpoints" / "custom_cnn.resume.pt")
+    if state is None:
+        done = (folder / "checkpoints" / "custom_cnn.pt").exists()
+        return reached if done else (0, 0)
+    return state["epoch"], state["step"]
+
+
+def in_child(function, *arguments):
+    """Runs a function in a fork: OpenMP must not start in this process, or later forks hang."""
+    reading, sending = multiprocessing.get_context("fork").Pipe(duplex=False)
+    pid = os.fork()
+    if not pid:
+        try:
+            sending.send(function(*arguments))
+        except ValueError as error:
+            sending.send(error)
+        finally:
+            os._exit(0)
+    sending.close()
+    result = reading.recv()
+    os.waitpid(pid, 0)
+    if isinstance(result, ValueError):
+        raise result
+    return result
 
 
 def finish_undisturbed(folder: Path, data_dir: Path, writing: mmap.mmap) -> None:
@@ -175,7 +210,7 @@ def main() -> None:
     counts = torture(args.rounds, args.kills, args.data_dir.resolve(), args.seed)
     if args.output:
         files.write_json(args.output, counts)
-    sys.exit(bool(counts["differences"] or counts["unreadable"]))
+    sys.exit(bool(counts["differences"] or counts["unreadable"] or counts["lost"]))
 
 
 if __name__ == "__main__":

@@ -4,14 +4,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 import downloads
 import files
 
 ROOT = Path(__file__).parent.parent
 SAMPLE = Path(__file__).parent / "sample.npz"  # the first 320 training and 80 test images
-torch.set_num_threads(2)
 
 
 def use_sample(data_dir: Path) -> None:
@@ -47,6 +45,17 @@ import conftest; conftest.use_sample(Path("data"))
 {before}
 import {script}; sys.exit({script}.main(sys.argv[1:]))
 """
+
+
+def run_python(code: str, cwd: Path) -> str:
+    """Runs Python in a process of its own on the sample; returns what it printed last."""
+    launch = LAUNCH.split("{before}")[0] + "{before}"
+    code = launch.format(root=str(ROOT), tests=str(ROOT / "tests"), before=code)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()[-1]
 
 
 def start(script: str, *arguments: str, cwd: Path, before: str = "") -> subprocess.Popen:

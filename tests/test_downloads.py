@@ -395,7 +395,7 @@ def test_a_silent_host_is_given_up(sample, official, tmp_path, monkeypatch):
 def test_a_folder_that_cannot_be_written_is_named_with_the_remedy(tmp_path):
     (tmp_path / "file").touch()
     for data_dir in (tmp_path / "file", tmp_path / "file" / "data"):
-        with pytest.raises(OSError, match=r"file.* must be a folder .* choose another"):
+        with pytest.raises(ValueError, match=r"file.* must be a folder .* choose another"):
             cifar10(data_dir, [])
 
 

@@ -1,5 +1,6 @@
 """A reduced set of the torture in `benchmarks/`, and the cases that deserve a name."""
 
+import json
 import os
 import signal
 import time
@@ -7,30 +8,50 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import start
+from conftest import run_python, start
 from PIL import Image
 
 import checkpoint
+import cli
 import downloads
 import evaluate
 import files
+import finetune
 import pictures
 import train_custom
-from benchmarks import faults, fuzz, torture
+from benchmarks import faults, fuzz
 
-RUN = ("--recipe", "classic", "--limit", "256", "--batch-size", "32", "--epochs", "40")
+RUN = (
+    "--recipe",
+    "classic",
+    "--limit",
+    "256",
+    "--batch-size",
+    "32",
+    "--epochs",
+    "40",
+    "--device",
+    "cpu",
+)
 
 
 def test_killed_training_ends_in_the_same_bits(workplace):
-    counts = torture.torture(rounds=1, kills=6, data_dir=workplace / "data", seed=1, report=False)
+    # In a process of its own: forking one whose OpenMP threads have run can hang.
+    counts = json.loads(
+        run_python(
+            "import json; from benchmarks import torture\n"
+            "print(json.dumps(torture.torture(1, 5, Path('data').resolve(), 1, False)))",
+            cwd=workplace,
+        )
+    )
     assert counts["kills"] >= 3
     assert counts["inside_a_write"] >= 1
-    assert counts["differences"] == counts["unreadable"] == 0
+    assert counts["differences"] == counts["unreadable"] == counts["lost"] == 0
 
 
 def test_a_failing_disk_costs_neither_the_run_nor_a_whole_file(workplace):
-    counts = faults.inject(workplace / "data", every=9, report=False)
-    assert counts["faults"] >= 8
+    counts = faults.inject(workplace / "data", every=67, report=False)
+    assert counts["faults"] >= 5
     assert counts["ended_badly"] == counts["broken_files"] == counts["differences"] == 0
 
 
@@ -47,7 +68,8 @@ def test_damaged_and_hostile_files_give_clear_errors(monkeypatch):
 def test_damaged_newest_state_is_reported_and_the_one_before_it_used(tmp_path, damage):
     path = tmp_path / "r.resume.pt"
     for step in (1, 2):
-        checkpoint.save_state(path, {"step": step, "model": torch.arange(1000.0)})
+        state = dict.fromkeys(checkpoint.STATE) | {"step": step, "model": torch.arange(1000.0)}
+        checkpoint.save_state(path, state)
     content = bytearray(path.read_bytes())
     if damage == "truncated":
         del content[len(content) // 2 :]
@@ -60,8 +82,8 @@ def test_damaged_newest_state_is_reported_and_the_one_before_it_used(tmp_path, d
     assert state["step"] == 1
     assert len(problems) == 1
     assert "r.resume.pt" in problems[0]
-    # A save that fails now must not leave the damaged file as the only one.
-    assert checkpoint.load_state(path) == (state, []) or checkpoint.load_state(path)[0]["step"] == 1
+    # The damaged file has been replaced: a save that fails now leaves a good one.
+    assert checkpoint.load_state(path)[0]["step"] == 1
 
 
 def test_second_process_of_a_name_is_refused_while_the_first_lives(workplace, capsys):
@@ -99,6 +121,49 @@ def test_second_ctrl_c_stops_at_once_and_the_last_state_is_good(workplace):
     assert checkpoint.load_state(state)[0]["epoch"] == 1
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [("--unfreeze", "last"), ("--unfreeze", "head", "--no-cache")],
+    ids=["cache", "plain"],
+)
+def test_finetuning_with_dropout_resumes_to_the_same_bits(workplace, monkeypatch, arguments):
+    common = (
+        *(
+            "--arch",
+            "mobilenet_v3_small",
+            "--weights",
+            "none",
+            "--image-size",
+            "32",
+            "--limit",
+            "96",
+        ),
+        *("--batch-size", "32", "--epochs", "2", "--precision", "fp32", "--device", "cpu"),
+        *("--save-every", "0.0001", *arguments),
+    )
+    assert finetune.main([*common, "--run-name", "whole"]) == 0
+    save, calls = checkpoint.save_state, []
+
+    def save_and_stop(path, content):
+        save(path, content)
+        calls.append(content["step"])
+        if len(calls) == 2:
+            raise cli.Stopped(signal.SIGTERM, "--resume")
+
+    monkeypatch.setattr(checkpoint, "save_state", save_and_stop)
+    assert finetune.main([*common, "--run-name", "halves"]) == 143
+    monkeypatch.setattr(checkpoint, "save_state", save)
+    assert calls[-1] > 0  # it stopped within an epoch
+    assert finetune.main([*common, "--run-name", "halves", "--resume"]) == 0
+    one, other = (
+        checkpoint.load(workplace / f"checkpoints/{name}.pt") for name in ("whole", "halves")
+    )
+    assert checkpoint.digest(dict(one["state_dict"])) == checkpoint.digest(
+        dict(other["state_dict"])
+    )
+    assert one["metrics"] == other["metrics"]
+
+
 def test_checkpoint_with_code_is_refused_and_not_run(tmp_path, capsys):
     trace, path = tmp_path / "executed", tmp_path / "evil.pt"
     torch.save({"format": checkpoint.FORMAT, "x": fuzz.Code(trace)}, path)
@@ -116,10 +181,7 @@ def test_compressed_checkpoint_that_would_fill_the_memory_is_refused(tmp_path):
 
 def test_picture_of_a_billion_pixels_is_refused(tmp_path):
     path = tmp_path / "big.png"
-    Image.new("1", (4, 4)).save(path)
-    header = bytearray(path.read_bytes())
-    header[16:24] = (32_000).to_bytes(4, "big") * 2
-    path.write_bytes(header)
+    path.write_bytes(fuzz.huge_png())
     with pytest.raises(ValueError, match="pixels"):
         pictures.load(path)
 
