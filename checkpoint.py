@@ -89,6 +89,8 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
         FileNotFoundError: there is no such file.
         ValueError: it is no checkpoint of this project, or a damaged one.
     """
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: give a checkpoint in it")
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint {path} does not exist: train one, or give its path")
     try:
@@ -130,6 +132,8 @@ def load_model(path: Path, device: torch.device | str = "cpu") -> tuple[nn.Modul
             raise ValueError(f"{path}: {key!r} is missing or has not the shape {tuple(own.shape)}")
         if given.is_floating_point() != own.is_floating_point():
             raise ValueError(f"{path}: {key!r} has the type {given.dtype}, not {own.dtype}")
+        if not given.isfinite().all():
+            raise ValueError(f"{path}: {key!r} holds numbers that are not finite")
         state[key] = given.to(own.dtype)  # weights may be stored in fewer bits
     if unknown := state.keys() - model.state_dict().keys():
         raise ValueError(f"{path} holds {min(unknown)!r}, which {content['arch']} has not")
@@ -224,11 +228,14 @@ def load_state(path: Path) -> tuple[dict[str, Any] | None, list[str]]:
                 os.replace(candidate, path)  # or the damaged one would become the previous one
             return state, problems
     if problems:
-        raise ValueError(f"no saved state is whole: {'; '.join(problems)}; start anew")
+        raise ValueError(
+            f"no saved state is whole: {'; '.join(problems)}; start another run with --run-name "
+            "NAME, or remove these files"
+        )
     return None, problems
 
 
 def remove_state(path: Path) -> None:
     """Removes the states of a run that has finished."""
-    for file in (path, previous(path)):
+    for file in (previous(path), path):  # the newest last: a kill in between loses nothing
         file.unlink(missing_ok=True)

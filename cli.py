@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import os
+import re
 import shlex
 import signal
 import sys
@@ -40,16 +41,18 @@ def exit_code(script: Callable[[], None]) -> int:
     except UNUSABLE as error:
         return _fail(error, 2)
     except Stopped as stop:
-        return _fail(stop, 128 + stop.number)
+        print(stop, file=sys.stderr, flush=True)
+        return 128 + stop.number
     except KeyboardInterrupt:
-        return _fail("stopped by Ctrl-C", 130)
+        print("stopped by Ctrl-C", file=sys.stderr, flush=True)
+        return 130
     except BrokenPipeError:  # the reader of our output has gone, as with `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (OSError, MemoryError, FloatingPointError) as error:
         return _fail(error, 1)
     except RuntimeError as error:  # torch has an own type for this on GPUs only
-        if "memory" not in str(error):
+        if not re.search("out of memory|allocate", str(error)):
             raise
         reason = str(error).split("\n")[0]
         return _fail(f"out of memory, try a smaller --batch-size ({reason})", 1)

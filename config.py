@@ -90,7 +90,7 @@ HARMLESS = {e.name for e in dataclasses.fields(TrainConfig) if e.metadata.get("h
 
 def is_file_name(name: str) -> bool:
     """Whether a run's name makes file names of its own on every system."""
-    taken = name.lower().endswith((".resume", ".md", "."))
+    taken = ".pt" in name.lower() or name.lower().endswith((".resume", ".md", "."))
     return bool(re.fullmatch(r"\w[\w.+-]{0,99}", name)) and not taken
 
 

@@ -79,6 +79,8 @@ class Source(NamedTuple):
 def _verified(arrays: Cifar10) -> Cifar10:
     for name, array in arrays._asdict().items():
         digest = hashlib.sha256(np.ascontiguousarray(array)).hexdigest()
+        if array.shape[1:] != ((32, 32, 3) if name.endswith("images") else ()):
+            raise ValueError(f"{name} have the shape {array.shape}")
         if array.dtype != np.uint8 or digest != SHA256[name]:
             raise ValueError(f"{name} have SHA-256 {digest[:16]}..., not {SHA256[name][:16]}...")
     return arrays

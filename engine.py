@@ -4,7 +4,7 @@ import math
 import shlex
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,24 +16,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import checkpoint
+import history
 from cli import Stopped
 from compute import compile_or_not, forward, now, train_mode
 from config import TrainConfig
-from files import write_atomically
-
-COLUMNS = (
-    "epoch",
-    "step",
-    "lr",
-    "train_loss",
-    "train_accuracy",
-    "val_loss",
-    "val_accuracy",
-    "images_per_second",
-    "seconds",
-)
-# Columns that depend on the machine's mood; all others repeat to the last digit.
-TIMINGS = ("images_per_second", "seconds")
 
 
 class Batches(Protocol):
@@ -160,7 +146,7 @@ def fit(
         seconds_before: what was spent on features of a frozen trunk; it counts as training.
 
     Returns:
-        The history: a dict of `COLUMNS` for each epoch.
+        The history: a dict of `history.COLUMNS` for each epoch.
 
     Raises:
         Stopped: Ctrl-C or SIGTERM came; the state is saved.
@@ -169,7 +155,7 @@ def fit(
     device = next(model.parameters()).device
     optimizer = make_optimizer(groups, config)
     num_steps = config.epochs * batches.num_steps
-    history: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
     epoch = step = 0
     sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, correct, images
     bad_step = torch.full((), -1, device=device)  # the first whose loss or gradient was not finite
@@ -180,11 +166,11 @@ def fit(
         torch.set_rng_state(state["rng"])
         if state["cuda_rng"] is not None and device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda_rng"], device)
-        history, epoch, step, spent = (state[k] for k in ("history", "epoch", "step", "spent"))
+        rows, epoch, step, spent = (state[k] for k in ("history", "epoch", "step", "spent"))
         sums.copy_(state["sums"])
         spent["total"] += seconds_before
     network = compile_or_not(model, config.compile, device)
-    _kept(write_history, files.history_path, history)
+    _kept(history.write, files.history_path, rows)
     clock = saved = time.perf_counter()
 
     def tick(training: bool) -> None:
@@ -212,7 +198,7 @@ def fit(
             "precision": precision,
             "epoch": epoch,
             "step": step,
-            "history": history,
+            "history": rows,
             "spent": dict(spent),
             "sums": sums.cpu(),
             "rng": torch.get_rng_state(),
@@ -225,7 +211,7 @@ def fit(
 
     if state:
         print(f"resumed in epoch {epoch + 1}, step {step}", flush=True)
-    print(_HEADER, flush=True)
+    print(history.HEADER, flush=True)
     with _signals() as received:
         while epoch < config.epochs:
             train_mode(model)
@@ -279,24 +265,16 @@ def fit(
                 images / spent["epoch"],
                 spent["total"],
             )
-            history.append(dict(zip(COLUMNS, values, strict=True)))
-            _kept(write_history, files.history_path, history)
+            rows.append(dict(zip(history.COLUMNS, values, strict=True)))
+            _kept(history.write, files.history_path, rows)
             epoch, step = epoch + 1, 0
             sums.zero_()
             spent["epoch"] = 0.0
             kept = save_state()
-            print(_line(history[-1], config.epochs), flush=True)
+            print(history.line(rows[-1], config.epochs), flush=True)
             if received:
                 raise Stopped(received[0], _stopped(kept, files))
-    return history
-
-
-def write_history(path: Path, history: Iterable[dict[str, Any]]) -> None:
-    """Writes history.csv whole; a missing validation value is an empty field."""
-    lines = [list(COLUMNS)] + [
-        ["" if row[name] is None else f"{row[name]:.8g}" for name in COLUMNS] for row in history
-    ]
-    write_atomically(path, "".join(",".join(line) + "\n" for line in lines))
+    return rows
 
 
 def _kept(write: Callable[..., None], path: Path, content: Any) -> bool:
@@ -316,7 +294,7 @@ def _signals() -> Iterator[list[int]]:
 
     def note(number: int, frame: object) -> None:
         if received:
-            raise Stopped(number, "stopped at once; the last saved state is untouched")
+            raise Stopped(number, "stopped at once; a state saved before is untouched")
         received.append(number)
 
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -325,23 +303,6 @@ def _signals() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-_HEADER = (
-    f"{'epoch':>7} {'lr':>8} {'train loss':>11} {'acc':>8} {'val loss':>9} {'acc':>8}"
-    f" {'images/s':>9} {'elapsed':>9}"
-)
-
-
-def _line(row: dict[str, Any], epochs: int) -> str:
-    val_loss = "-" if row["val_loss"] is None else f"{row['val_loss']:.4f}"
-    val = "-" if row["val_accuracy"] is None else f"{100 * row['val_accuracy']:.2f} %"
-    minutes, seconds = divmod(round(row["seconds"]), 60)
-    return (
-        f"{row['epoch']:>3}/{epochs:<3} {row['lr']:>8.1e} {row['train_loss']:>11.4f}"
-        f" {100 * row['train_accuracy']:>6.2f} % {val_loss:>9} {val:>8}"
-        f" {row['images_per_second']:>9,.0f} {minutes:>6}:{seconds:02}"
-    )
 
 
 def _percent(sums: Tensor) -> str:

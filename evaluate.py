@@ -4,18 +4,20 @@ import sys
 import time
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 import checkpoint
 import cli
 import pictures
 import reports
 from compute import predict, select_device
-from downloads import cifar10
-from files import sha256
-from runs import environment
+from downloads import Cifar10, cifar10
+from files import sha256, write_json
+from records import DESCRIBED, environment
 
 
 def parser() -> cli.Parser:
@@ -23,7 +25,11 @@ def parser() -> cli.Parser:
     parser = cli.Parser(prog="evaluate.py", description=__doc__)
     add = parser.add_argument
     add("checkpoints", nargs="*", type=Path, metavar="CHECKPOINT", help="default: all finished")
-    add("--tta", choices=("none", "flip", "crops"), default="none", help="views to average over")
+    add(
+        "--tta",
+        choices=("none", "flip", "crops"),
+        help="views to average over (none; pictures: flip)",
+    )
     add("--predict", nargs="+", type=Path, metavar="PATH", help="classify pictures or folders")
     add("--data-dir", type=Path, default=Path("data"), help="where CIFAR-10 is kept")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
@@ -40,19 +46,33 @@ def finished(folder: Path) -> list[Path]:
 
 def judge(
     path: Path,
+    model: nn.Module,
+    saved: dict[str, Any],
+    arrays: Cifar10,
     *,
     tta: str,
-    data_dir: Path,
     device: torch.device,
     batch_size: int,
     results_dir: Path,
-) -> dict:
+) -> dict[str, Any]:
     """Evaluates a checkpoint on the test set and writes its `test.json` and pictures.
+
+    Args:
+        path: the checkpoint, which `checkpoint.load_model` has read.
+        model: its network.
+        saved: its other content.
+        arrays: the test set is taken from them.
+        tta: test-time augmentation, see `compute.views`.
+        device: where the model is.
+        batch_size: images at a time.
+        results_dir: a folder named after the run is made or updated there.
 
     Returns:
         The content of test.json.
+
+    Raises:
+        ValueError: that folder holds the results of another checkpoint.
     """
-    model, saved = checkpoint.load_model(path, device)
     digest = sha256(path)
     earlier = reports.read_test_report(results_dir / saved["name"])
     if earlier.get("checkpoint_sha256", digest) != digest:
@@ -60,7 +80,8 @@ def judge(
             f"{results_dir / saved['name']}/ holds the results of another checkpoint than {path}: "
             "give --results-dir"
         )
-    arrays = cifar10(data_dir)
+    if not (config_path := results_dir / saved["name"] / "config.json").exists():
+        write_json(config_path, {key: saved[key] for key in DESCRIBED if key in saved})
     limit = saved["config"].get("limit")  # a smoke run is judged on what it was meant for
     images = torch.from_numpy(arrays.test_images[:limit]).to(device)
     labels = torch.from_numpy(arrays.test_labels[:limit].astype(np.int64))
@@ -104,33 +125,37 @@ def summary_lines(report: dict) -> str:
     return "\n".join(lines)
 
 
-def classify(path: Path, wanted: list[Path], device: torch.device) -> None:
+def classify(
+    model: nn.Module, saved: dict[str, Any], wanted: list[Path], tta: str, device: torch.device
+) -> None:
     """Prints the three likeliest classes of each picture.
 
     Raises:
         ValueError: some pictures could not be read; the others have been printed.
     """
-    model, saved = checkpoint.load_model(path, device)
     unreadable = 0
     files = list(pictures.find(wanted))
     if not files:
         raise ValueError(f"--predict {' '.join(map(str, wanted))}: no pictures there")
-    width = max(len(file.name) for file in files)
-    for file in files:
+    names = [file.name for file in files]
+    if len(set(names)) < len(names):
+        names = [str(file) for file in files]
+    width = max(map(len, names))
+    for name, file in zip(names, files, strict=True):
         try:
             image = torch.from_numpy(pictures.load(file).copy())[None].to(device)
         except ValueError as error:
             print(f"error: {error}", file=sys.stderr)
             unreadable += 1
             continue
-        _, logits = predict(model, image, saved["mean"], saved["std"], tta="flip")
+        _, logits = predict(model, image, saved["mean"], saved["std"], tta=tta)
         probabilities = (logits[0] / (saved["metrics"].get("temperature") or 1.0)).softmax(0)
         top = probabilities.topk(3)
         guesses = (
             f"{saved['classes'][index]} {100 * value:.1f} %"
             for value, index in zip(top.values.tolist(), top.indices.tolist(), strict=True)
         )
-        print(f"{file.name:<{width}}  {', '.join(guesses)}", flush=True)
+        print(f"{name:<{width}}  {', '.join(guesses)}", flush=True)
     if unreadable:
         raise ValueError(f"{unreadable} of {len(files)} pictures could not be read, named above")
 
@@ -148,22 +173,32 @@ def evaluate(argv: list[str] | None) -> None:
             "first, or name one"
         )
     problems = []
+    arrays = None
     for path in checkpoints:
+        try:
+            model, saved = checkpoint.load_model(path, device)
+        except (ValueError, FileNotFoundError) as error:  # the others still come out
+            problems.append(str(error))
+            continue
+        if not args.predict:
+            arrays = arrays or cifar10(args.data_dir)
         try:
             if args.predict:
                 if len(checkpoints) > 1:
                     print(f"{path}:")
-                classify(path, args.predict, device)
+                classify(model, saved, args.predict, args.tta or "flip", device)
                 continue
             report = judge(
                 path,
-                tta=args.tta,
-                data_dir=args.data_dir,
+                model,
+                saved,
+                arrays,
+                tta=args.tta or "none",
                 device=device,
                 batch_size=args.batch_size,
                 results_dir=args.results_dir,
             )
-        except (ValueError, FileNotFoundError) as error:  # the others still come out
+        except ValueError as error:
             problems.append(str(error))
             continue
         run_dir = args.results_dir / report["name"]

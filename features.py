@@ -65,13 +65,16 @@ def _allocate(shape: tuple[int, ...], scratch_dir: Path) -> Tensor:
         return torch.empty(shape, dtype=torch.bfloat16)
     handle, name = tempfile.mkstemp(prefix=".features.", suffix=".tmp", dir=scratch_dir)
     try:
+        try:
+            features = torch.from_file(name, True, size // 2, dtype=torch.bfloat16).view(shape)
+        finally:
+            with suppress(PermissionError):  # Windows keeps what is mapped
+                os.unlink(name)  # the mapping keeps the bytes alive; a kill leaves none behind
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(handle, 0, size)  # a full disk shows now, not as a crash later
-        return torch.from_file(name, True, size // 2, dtype=torch.bfloat16).view(shape)
+        return features
     finally:
         os.close(handle)
-        with suppress(PermissionError):  # Windows keeps what is mapped
-            os.unlink(name)  # the mapping keeps the bytes alive, and a kill leaves none behind
 
 
 def available_memory() -> float:

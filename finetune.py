@@ -10,6 +10,7 @@ import torch
 
 import cli
 import engine
+import records
 import runs
 from compute import predict, select_device, settle_precision
 from config import TrainConfig, setting
@@ -123,7 +124,7 @@ def train(config: FineTuneConfig, command: str) -> None:
             splits.train, config.batch_size, mean, std, augmentation, config.seed
         )
         precision = settle_precision(config.precision, model, batches, run.state)
-        described = runs.describe(
+        described = records.describe(
             run,
             config,
             arch=config.arch,
@@ -158,14 +159,14 @@ def train(config: FineTuneConfig, command: str) -> None:
             trained,
             parameter_groups(model, config),
             batches,
-            runs.validator(splits, val_logits),
+            records.validator(splits, val_logits),
             config,
             precision,
-            run.files(described),
+            run.files(records.identity(described)),
             run.state,
             time.perf_counter() - begin,
         )
-        runs.finish(run, described, model, splits, history)
+        records.finish(run, described, model, splits, history, tta="flip")
 
 
 def main(argv: list[str] | None = None) -> int:

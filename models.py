@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 import torchvision
 from torch import Tensor, nn
 
@@ -27,7 +26,6 @@ class CustomCNN(nn.Module):
         hidden: widths of the first two linear layers.
         num_classes: width of the third.
         activation: "relu" or "gelu".
-        bn_momentum: weight of the newest batch in BatchNorm's running statistics.
     """
 
     def __init__(
@@ -37,7 +35,6 @@ class CustomCNN(nn.Module):
         hidden: tuple[int, int] = (256, 128),
         num_classes: int = 10,
         activation: str = "relu",
-        bn_momentum: float = 0.1,
     ):
         super().__init__()
         act = ACTIVATIONS[activation]
@@ -46,16 +43,16 @@ class CustomCNN(nn.Module):
             layers.append(nn.Conv2d(before, width, 3, padding=1, bias=False))
             if number in pool_after:
                 layers.append(nn.MaxPool2d(2))
-            layers += [nn.BatchNorm2d(width, momentum=bn_momentum), act()]
+            layers += [nn.BatchNorm2d(width), act()]
         self.features = nn.Sequential(*layers)  # (B, 3, 32, 32) -> (B, widths[-1], 4, 4)
         self.pool = nn.AdaptiveMaxPool2d(1)  # -> (B, widths[-1], 1, 1)
         first, second = hidden
         self.head = nn.Sequential(
             nn.Linear(widths[-1], first, bias=False),
-            nn.BatchNorm1d(first, momentum=bn_momentum),
+            nn.BatchNorm1d(first),
             act(),
             nn.Linear(first, second, bias=False),
-            nn.BatchNorm1d(second, momentum=bn_momentum),
+            nn.BatchNorm1d(second),
             act(),
             nn.Linear(second, num_classes),
         )
@@ -65,13 +62,14 @@ class CustomCNN(nn.Module):
         return self.head(self.pool(self.features(x)).flatten(1))
 
 
-# Pooling after convolutions 1, 3 and 5 leaves the wide layers maps of 16, 8 and 4 pixels: 132
-# million multiplications an image, three times the tutorial shape's, for a far better network.
+# The second convolution sees all 32x32 pixels, but few channels of them; the wide ones see maps of
+# 16, 8, 8 and 4 pixels. That makes 138 million multiplications an image, 3.6 times the tutorial
+# shape's, for a far better network. 24 filters are the twelve strongest directions of 3x3 colour
+# patches with both signs: the other fifteen hold 0.4 % of the variance and cost an eighth more.
 MODERN = {
-    "widths": (54, 64, 256, 256, 256, 256),
-    "pool_after": (1, 3, 5),
-    "activation": "relu",
-    "bn_momentum": 0.4,
+    "widths": (24, 64, 256, 256, 256, 256),
+    "pool_after": (2, 3, 5),
+    "activation": "gelu",
 }
 
 
@@ -259,7 +257,7 @@ def create_model(arch: str, surgery: dict[str, Any]) -> nn.Module:
             return CustomCNN(**surgery)
         if arch in ARCHS:
             return OperatedNetwork(arch, **surgery)
-    except (TypeError, KeyError, ValueError, RuntimeError) as error:
+    except (TypeError, LookupError, ValueError, RuntimeError) as error:
         raise ValueError(f"settings {surgery} do not fit architecture {arch}: {error}") from error
     raise ValueError(f"architecture {arch!r} is unknown: choose custom_cnn or {', '.join(ARCHS)}")
 
@@ -270,36 +268,3 @@ def num_parameters(model: nn.Module) -> dict[str, int]:
         "total": sum(p.numel() for p in model.parameters()),
         "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
     }
-
-
-def initialize_from_images(model: CustomCNN, x: Tensor, eps: float = 5e-4) -> None:
-    """Gives a `CustomCNN` the head start of airbench (Jordan 2024, arXiv:2404.00498).
-
-    The first convolution whitens 3x3 patches: its filters are the eigenvectors of the patches'
-    covariance over the root of their eigenvalues, each with both signs, and stay as they are. The
-    other convolutions begin as partial identities (dirac), so that the whitened image reaches the
-    deepest layer at once. BatchNorm scales stay 1; the following weights can express them.
-
-    Args:
-        model: a network whose first convolution has at most 54 filters, an even number.
-        x: normalised training images (N, 3, H, W); some thousands suffice.
-        eps: added to the eigenvalues, so that the noise in the weakest directions stays small.
-    """
-    convs = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
-    covariance, count = torch.zeros(27, 27, dtype=torch.float64), 0
-    for part in x.split(500):
-        patches = part.unfold(2, 3, 1).unfold(3, 3, 1).permute(0, 2, 3, 1, 4, 5).reshape(-1, 27)
-        covariance += (patches.T @ patches).double()
-        count += len(patches)
-    eigenvalues, vectors = torch.linalg.eigh(covariance / count)
-    filters = (vectors / (eigenvalues + eps).sqrt()).T.flip(0)  # strongest direction first
-    first, *others = convs
-    filters = filters[: first.out_channels // 2].reshape(-1, 3, 3, 3).to(first.weight)
-    with torch.no_grad():
-        first.weight.copy_(torch.cat([filters, -filters]))
-        for conv in others:
-            nn.init.dirac_(conv.weight[: conv.in_channels])
-    first.weight.requires_grad_(False)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
-            module.weight.requires_grad_(False)

@@ -1,5 +1,6 @@
 """A person's own pictures, of any size, mode or format Pillow opens, as CIFAR-10 images."""
 
+import os
 import struct
 import warnings
 import zlib
@@ -17,7 +18,7 @@ def find(paths: list[Path]) -> Iterator[Path]:
     """Yields each named file, and every file with a picture's ending in each named folder."""
     endings = {e for e, kind in Image.registered_extensions().items() if kind in readable()}
     for path in paths:
-        if path.is_dir():
+        if path.is_dir() and os.access(path, os.R_OK):
             yield from sorted(p for p in path.iterdir() if p.suffix.lower() in endings)
         else:
             yield path

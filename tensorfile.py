@@ -43,16 +43,16 @@ def read(path: Path, device: torch.device | str = "cpu") -> Any:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # torch warns of odd files before it refuses them
                 content = torch.load(file, map_location=device, weights_only=True)
-            _check(content)
+            _check(content, size)
         except UNREADABLE as error:
             reason = (str(error).strip().split("\n")[0] or "no tensors in it")[:120]
             raise ValueError(f"{type(error).__name__}: {reason}") from error
     return content
 
 
-def _check(content: Any) -> None:
-    """Refuses views that repeat few bytes many times, and structures that unfold without end."""
-    waiting, seen = [content], 0
+def _check(content: Any, size: int) -> None:
+    """Refuses bytes that are repeated many times, and structures that unfold without end."""
+    waiting, seen, num_bytes = [content], 0, 0
     while waiting:
         value = waiting.pop()
         if isinstance(value, Tensor):
@@ -60,6 +60,9 @@ def _check(content: Any) -> None:
                 raise ValueError("it holds a tensor without plain values")
             if value.numel() * value.element_size() > value.untyped_storage().nbytes():
                 raise ValueError("it holds a tensor larger than its bytes")
+            num_bytes += value.numel() * value.element_size()
+            if num_bytes > 4 * size:  # a few shared weights are usual
+                raise ValueError("it holds the same tensor many times")
         elif isinstance(value, Mapping):
             waiting += value.values()
         elif isinstance(value, list | tuple | set):

@@ -199,6 +199,8 @@ def main() -> None:
     print(f"full disk: {counts['full_disk']}")
     if args.output:
         files.write_json(args.output, counts)
+    bad = ("ended_badly", "broken_files", "differences", "exit_code_with_room")
+    sys.exit(any((part or {}).get(key) for part in counts.values() for key in bad))
 
 
 if __name__ == "__main__":

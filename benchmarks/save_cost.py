@@ -17,7 +17,7 @@ from compute import train_mode
 from config import TrainConfig
 from files import write_json
 from models import MODERN, create_model
-from runs import environment
+from records import environment
 from train_custom import RECIPES
 
 

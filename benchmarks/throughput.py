@@ -29,7 +29,7 @@ from config import TrainConfig
 from data import Augmentation, Split, TrainBatches, load_splits
 from files import write_json
 from models import MODERN, create_model
-from runs import environment
+from records import environment
 from train_custom import RECIPES
 
 NETWORKS = {"classic": {}, "modern": MODERN}
@@ -50,13 +50,13 @@ class Pictures(Dataset):
 
 
 def plain_steps(
-    split: Split, mean: list[float], std: list[float], surgery: dict, batch_size: int, device
+    split: Split, mean: list[float], std: list[float], model: nn.Module, batch_size: int, device
 ) -> Iterator[int]:
-    """The tutorial's loop; yields the images of each step."""
+    """The tutorial's loop, which trains the model in place; yields the images of each step."""
     transform = transforms.Compose(
         [transforms.RandomHorizontalFlip(), transforms.ToTensor(), transforms.Normalize(mean, std)]
     )
-    model = create_model("custom_cnn", surgery).to(device).train()
+    model.to(device).train()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     while True:
         for x, labels in DataLoader(
@@ -142,7 +142,13 @@ def main() -> None:
         precision, _ = choose_precision("auto", model, next(batches.epoch(0)), device)
         flop = 6 * multiplications(model)
         sides = {
-            "plain": plain_steps(splits.train, *statistics_, surgery, args.batch_size, device),
+            "plain": plain_steps(
+                splits.train,
+                *statistics_,
+                create_model("custom_cnn", surgery),
+                args.batch_size,
+                device,
+            ),
             "ours": our_steps(batches, model, precision),
         }
         for steps in sides.values():

@@ -20,8 +20,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import checkpoint
-import engine
 import files
+import history
 import reports  # noqa: F401  imported before the fork, so that no child spends time on it
 import train_custom
 
@@ -36,11 +36,11 @@ def outcome(folder: Path) -> str:
     """One hash over the final weights, metrics and history without its timings."""
     saved = checkpoint.load(folder / "checkpoints" / "custom_cnn.pt")
     with open(folder / "results" / "custom_cnn" / "history.csv", newline="") as file:
-        history = [
-            {key: value for key, value in row.items() if key not in engine.TIMINGS}
+        rows = [
+            {key: value for key, value in row.items() if key not in history.TIMINGS}
             for row in csv.DictReader(file)
         ]
-    return checkpoint.digest([dict(saved["state_dict"]), saved["metrics"], history])
+    return checkpoint.digest([dict(saved["state_dict"]), saved["metrics"], rows])
 
 
 def train_in_child(folder: Path, data_dir: Path, writing: mmap.mmap, delay: float) -> int:
@@ -86,7 +86,7 @@ def slow_down_writes(writing: mmap.mmap, delay: float) -> None:
 
     os.fsync = lambda *arguments: slow(fsync, *arguments)
     os.replace = lambda *arguments: slow(replace, *arguments)
-    for module in (checkpoint, engine, files):
+    for module in (checkpoint, history, files):
         module.write_atomically = marked
 
 
@@ -142,6 +142,8 @@ def torture(
             folder.mkdir()
             reached = (0, 0)
             for _ in range(kills):
+                if progress_is_final(folder):  # killed after its last step, or through
+                    break
                 writing[0] = 0
                 pid = train_in_child(folder, data_dir, writing, delay=0.01)
                 died = kill(pid, writing, chance, longest)
@@ -161,6 +163,12 @@ def torture(
             if report:
                 print(", ".join(f"{key} {value}" for key, value in counts.items()), flush=True)
     return counts
+
+
+def progress_is_final(folder: Path) -> bool:
+    """Whether the checkpoint stands and no state does: the training has nothing left to do."""
+    folder = folder / "checkpoints"
+    return (folder / "custom_cnn.pt").exists() and not any(folder.glob("*.resume.pt*"))
 
 
 def progress(folder: Path, reached: tuple[int, int]) -> tuple[int, int]:

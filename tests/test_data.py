@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -29,11 +31,10 @@ def test_channel_stats_equal_those_of_all_pixels(sample):
 
 
 def test_channel_stats_of_the_whole_training_set_are_the_known_ones():
-    try:
-        with np.load("data/cifar10.npz") as arrays:
-            images = arrays["train_images"]
-    except FileNotFoundError:
-        pytest.skip("needs the full data in data/")
+    # How often each value occurs in each channel of the 50,000 images; the order does not matter.
+    counts = np.load(Path(__file__).parent / "histogram.npy")
+    channels = [np.repeat(np.arange(256, dtype=np.uint8), row) for row in counts]
+    images = np.stack(channels, axis=1).reshape(50_000, 32, 32, 3)
     mean, std = data.channel_stats(images)
     np.testing.assert_allclose(mean, [0.49139968, 0.48215841, 0.44653091], atol=5e-9)
     np.testing.assert_allclose(std, [0.24703223, 0.24348513, 0.26158784], atol=5e-9)

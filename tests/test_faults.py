@@ -1,15 +1,20 @@
 """A reduced set of the torture in `benchmarks/`, and the cases that deserve a name."""
 
+import errno
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import run_python, start
+from conftest import ROOT, run_python, start
 from PIL import Image
+from test_training import SMALL
 
 import checkpoint
 import cli
@@ -21,18 +26,7 @@ import pictures
 import train_custom
 from benchmarks import faults, fuzz
 
-RUN = (
-    "--recipe",
-    "classic",
-    "--limit",
-    "256",
-    "--batch-size",
-    "32",
-    "--epochs",
-    "40",
-    "--device",
-    "cpu",
-)
+RUN = (*SMALL, "--limit", "256", "--epochs", "40")
 
 
 def test_killed_training_ends_in_the_same_bits(workplace):
@@ -53,6 +47,62 @@ def test_a_failing_disk_costs_neither_the_run_nor_a_whole_file(workplace):
     counts = faults.inject(workplace / "data", every=67, report=False)
     assert counts["faults"] >= 5
     assert counts["ended_badly"] == counts["broken_files"] == counts["differences"] == 0
+
+
+@pytest.mark.parametrize(
+    ("file", "code", "words"),
+    [
+        ("custom_cnn.resume.pt", 0, "training goes on"),
+        ("custom_cnn.pt", 1, "state is kept"),
+        ("history.csv", 0, "training goes on"),
+    ],
+)
+def test_a_full_disk_is_said_and_costs_nothing(workplace, capsys, monkeypatch, file, code, words):
+    arguments = [*SMALL, "--epochs", "2", "--run-name"]
+    assert train_custom.main([*arguments, "whole"]) == 0
+    replace, failures = os.replace, []
+
+    def fail_once(source, target):
+        if Path(target).name == file.replace("custom_cnn", "other") and not failures:
+            failures.append(target)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", fail_once)
+    capsys.readouterr()
+    assert train_custom.main([*arguments, "other"]) == code
+    printed = "".join(capsys.readouterr())
+    assert words in printed
+    assert str(failures[0]) in printed
+    if code:
+        assert train_custom.main([*arguments, "other", "--resume"]) == 0
+    one, other = (
+        checkpoint.load(workplace / f"checkpoints/{name}.pt") for name in ("whole", "other")
+    )
+    assert checkpoint.digest(dict(one["state_dict"])) == checkpoint.digest(
+        dict(other["state_dict"])
+    )
+
+
+def test_two_processes_that_write_the_table_of_results_leave_it_whole(workplace):
+    for name in ("a", "b"):
+        for file, content in (("config", {"arch": name}), ("test", {"top1": 0.5})):
+            files.write_json(workplace / f"results/{name}/{file}.json", content)
+    code = (
+        "import sys, reports; from pathlib import Path\n"
+        "for _ in range(50): reports.write_results_readme(Path('results'))"
+    )
+    command = [sys.executable, "-c", code]
+    writers = [
+        subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}) for _ in range(2)
+    ]
+    path, whole = workplace / "results/README.md", set()
+    while any(writer.poll() is None for writer in writers):
+        if path.exists():
+            whole.add(path.read_text())
+    assert [writer.returncode for writer in writers] == [0, 0]
+    assert len(whole) == 1
+    assert whole.pop().count("| [") == 2
 
 
 def test_damaged_and_hostile_files_give_clear_errors(monkeypatch):
@@ -107,7 +157,7 @@ def test_second_ctrl_c_stops_at_once_and_the_last_state_is_good(workplace):
         "checkpoint.save_state = lambda *a: (calls.append(1), len(calls) > 1 and time.sleep(60),"
         " save(*a))"
     )
-    run = start("train_custom", *RUN, "--precision", "fp32", cwd=workplace, before=stuck)
+    run = start("train_custom", *RUN, cwd=workplace, before=stuck)
     state = workplace / "checkpoints/custom_cnn.resume.pt"
     while not state.exists() and run.poll() is None:
         time.sleep(0.05)
@@ -170,6 +220,13 @@ def test_checkpoint_with_code_is_refused_and_not_run(tmp_path, capsys):
     assert evaluate.main([str(path)]) == 2
     assert "not a readable checkpoint" in capsys.readouterr().err
     assert not trace.exists()
+
+
+def test_small_checkpoint_that_stands_for_many_bytes_is_refused(tmp_path):
+    path, tensor = tmp_path / "many.pt", torch.zeros(1000)
+    torch.save({"format": checkpoint.FORMAT, "x": [tensor] * 1000}, path)
+    with pytest.raises(ValueError, match="many times"):
+        checkpoint.load(path)
 
 
 def test_compressed_checkpoint_that_would_fill_the_memory_is_refused(tmp_path):

@@ -3,6 +3,7 @@ import torch
 from torch import nn
 
 import data
+import initialization
 import models
 
 
@@ -21,29 +22,29 @@ def test_parameter_counts():
         models.num_parameters(models.create_model("custom_cnn", surgery))["total"]
         for surgery in ({}, models.MODERN)
     ]
-    assert counts == [355_050, 2_052_136]
+    assert counts == [355_050, 2_033_986]
 
 
 def test_first_convolution_whitens_real_patches_and_is_frozen(sample):
     images = torch.from_numpy(sample["train_images"])
     x = data.normalize(images, *data.channel_stats(sample["train_images"]))
-    model = models.create_model("custom_cnn", models.MODERN)
-    models.initialize_from_images(model, x, eps=0.0)
-    first = model.features[0]
+    first = nn.Conv2d(3, 54, 3, bias=False)
+    initialization.whiten(first, x, eps=0.0)
     assert not first.weight.requires_grad
-    responses = nn.functional.conv2d(x, first.weight[:27]).permute(1, 0, 2, 3).reshape(27, -1)
+    responses = first(x)[:, :27].permute(1, 0, 2, 3).reshape(27, -1)
     covariance = responses @ responses.T / responses.shape[1]
     torch.testing.assert_close(covariance, torch.eye(27), atol=2e-2, rtol=0)
     assert torch.equal(first.weight[27:], -first.weight[:27])
 
 
-def test_dirac_initialisation_passes_channels_through(sample):
+def test_layers_after_the_first_begin_by_passing_their_input_through(sample):
     model = models.create_model("custom_cnn", models.MODERN)
     x = data.normalize(torch.from_numpy(sample["train_images"][:64]), [0.5] * 3, [0.25] * 3)
-    models.initialize_from_images(model, x)
-    second = model.features[4]
-    features = torch.randn(1, 54, 8, 8)
-    torch.testing.assert_close(second(features)[:, :54], features)
+    initialization.initialize_from_images(model, x)
+    features, pooled = torch.randn(1, 24, 8, 8), torch.randn(2, 256)
+    torch.testing.assert_close(model.features[3](features)[:, :24], features)
+    torch.testing.assert_close(model.head[0](pooled), pooled)
+    torch.testing.assert_close(model.head[3](pooled), pooled[:, :128])
 
 
 def test_unknown_architecture_and_settings_are_refused():

@@ -1,7 +1,6 @@
 import csv
 import json
 import signal
-import time
 
 import pytest
 import torch
@@ -11,6 +10,8 @@ from torch import nn
 import checkpoint
 import compute
 import engine
+import history
+import metrics
 import train_custom
 from config import TrainConfig
 
@@ -24,7 +25,7 @@ def tensors(path):
 def rows(path):
     with open(path, newline="") as file:
         return [
-            {k: v for k, v in row.items() if k not in engine.TIMINGS}
+            {k: v for k, v in row.items() if k not in history.TIMINGS}
             for row in csv.DictReader(file)
         ]
 
@@ -81,24 +82,25 @@ def test_run_stopped_mid_epoch_by_a_signal_and_resumed_equals_the_uninterrupted_
     arguments = [*SMALL, "--recipe", recipe, "--epochs", "2"]
     whole = tmp_path / "whole"
     whole.mkdir()
-    slow = (
-        "import data, time; draw = data.TrainBatches._draw\n"
-        "data.TrainBatches._draw = lambda *a: (time.sleep(0.05), draw(*a))[1]"
+    signal_itself = (
+        "import data, os; draw, calls = data.TrainBatches._draw, []\n"
+        "def counted(*a):\n"
+        "    calls.append(a)\n"
+        "    if len(calls) == 4: os.kill(os.getpid(), {})\n"
+        "    return draw(*a)\n"
+        "data.TrainBatches._draw = counted"
     )
     uninterrupted = start("train_custom", *arguments, cwd=whole)
     _, error = uninterrupted.communicate(timeout=120)
     assert uninterrupted.returncode == 0, error
     for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
         resume = ["--resume"] if number == signal.SIGINT else []
-        run = start("train_custom", *arguments, *resume, cwd=workplace, before=slow)
-        for line in run.stdout:
-            if line.strip().startswith("epoch "):
-                break
-        time.sleep(0.4)
-        run.send_signal(number)
+        before = signal_itself.format(int(number))
+        run = start("train_custom", *arguments, *resume, cwd=workplace, before=before)
         _, error = run.communicate(timeout=60)
         assert run.returncode == code, error
         assert "--resume" in error
+        assert "error" not in error
     state = checkpoint.load(workplace / "checkpoints/custom_cnn.resume.pt")
     assert state["step"] > 0  # it stopped within an epoch
     last = start("train_custom", *arguments, "--resume", cwd=workplace)
@@ -123,6 +125,39 @@ def test_state_of_other_settings_is_refused_by_name_and_a_finished_run_says_so(w
     assert "is unfinished: continue with" in capsys.readouterr().err
 
 
+def test_resume_finds_the_unfinished_one_of_a_series(workplace, capsys):
+    arguments = [*SMALL, "--epochs", "1"]
+    for _ in range(2):
+        assert train_custom.main(arguments) == 0
+    (workplace / "checkpoints/custom_cnn-3.resume.pt").write_bytes(b"damaged")
+    assert train_custom.main([*arguments, "--resume"]) == 2
+    error = capsys.readouterr().err
+    assert "custom_cnn-3.resume.pt" in error
+    assert "--run-name" in error  # a way out
+
+
+def test_without_validation_the_run_is_whole_and_the_temperature_left_out(workplace, monkeypatch):
+    fitted = []
+    monkeypatch.setattr(metrics, "fit_temperature", lambda *a: fitted.append(a) or 2.0)
+    assert train_custom.main([*SMALL, "--epochs", "1", "--val-fraction", "0"]) == 0
+    report = json.loads((workplace / "results/custom_cnn/test.json").read_text())
+    assert report["temperature"] is report["ece_calibrated"] is None
+    assert rows(workplace / "results/custom_cnn/history.csv")[0]["val_accuracy"] == ""
+    assert not fitted
+    assert train_custom.main([*SMALL, "--epochs", "1"]) == 0
+    [(logits, labels)] = fitted
+    assert len(logits) == len(labels) == 12  # the validation images
+
+
+def test_without_a_compiler_training_goes_on(workplace, capsys, monkeypatch):
+    def no_compiler(*arguments, **options):
+        raise RuntimeError("no C++ compiler here")
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    assert train_custom.main([*SMALL, "--epochs", "1", "--compile"]) == 0
+    assert "no torch.compile here (RuntimeError: no C++" in capsys.readouterr().out
+
+
 def test_non_finite_loss_stops_before_the_step_with_exit_code_1(workplace, capsys, monkeypatch):
     seen = []
     step = torch.optim.Adam.step
@@ -139,10 +174,14 @@ def test_non_finite_loss_stops_before_the_step_with_exit_code_1(workplace, capsy
         engine, "forward", lambda *a: forward(*a) * (torch.inf if next(calls) == 4 else 1)
     )
     monkeypatch.setattr(torch.optim.Adam, "step", spy)
-    assert train_custom.main([*SMALL, "--epochs", "1"]) == 1
+    # A state after each step: the last good one must survive.
+    assert train_custom.main([*SMALL, "--epochs", "1", "--save-every", "0.0001"]) == 1
     error = capsys.readouterr().err
     assert "epoch 1, step 5, learning rate" in error
     assert seen == [False] * 4 + [True]
+    state, _ = checkpoint.load_state(workplace / "checkpoints/custom_cnn.resume.pt")
+    assert state["step"] == 4
+    assert all(value.isfinite().all() for value in state["model"].values())
 
 
 def test_learning_rate_rises_linearly_and_falls_as_a_cosine_to_zero():

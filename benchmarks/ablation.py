@@ -1,0 +1,130 @@
+"""What each ingredient of the default recipe is worth: left out one at a time, the same epochs.
+
+A short proxy of the full training: 40,000 training images, accuracy on the 10,000 that are split
+off for validation; the test set is never read. The same seeds everywhere, so that the splits, the
+order and (where it can be) the first weights are equal.
+"""
+
+import argparse
+import dataclasses
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch
+
+import engine
+import initialization
+import metrics
+from compute import choose_precision, predict, select_device
+from config import TrainConfig
+from data import Augmentation, Splits, TrainBatches, load_splits, normalize
+from files import write_atomically, write_json
+from models import MODERN, create_model
+from records import environment
+from train_custom import RECIPES
+
+# What replaces an ingredient: a setting of the recipe, of the network, or a step of the start.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "everything": {},
+    "random first convolution, which trains": {"without": "whiten"},
+    "random start of the others": {"without": "begin_as_identity"},
+    "BatchNorm scales that train": {"without": "fix_batchnorm_scales"},
+    "first pool before the second convolution": {"pool_after": (1, 3, 5)},
+    "ReLU instead of GELU": {"activation": "relu"},
+    "biases at the rate of the weights": {"bias_lr_scale": 1.0},
+    "weight decay 0.05": {"weight_decay": 0.05},
+    "no warm-up": {"warmup": 0.0},
+    "no label smoothing": {"label_smoothing": 0.0},
+    "random flips": {"flip": "random"},
+    "no translation": {"translate": 0},
+}
+
+
+def start(splits: Splits, surgery: dict[str, Any], without: str | None) -> torch.nn.Module:
+    """A network as `initialization.initialize_from_images` leaves it, but for one step."""
+    model = create_model("custom_cnn", surgery)
+    x = normalize(splits.train.images[:5000].cpu(), splits.mean, splits.std)
+    steps = {
+        "whiten": lambda: initialization.whiten(model.features[0], x),
+        "begin_as_identity": lambda: initialization.begin_as_identity(model),
+        "fix_batchnorm_scales": lambda: initialization.fix_batchnorm_scales(model),
+    }
+    for name, step in steps.items():
+        if name != without:
+            step()
+    return model
+
+
+def train(change: dict[str, Any], epochs: int, seed: int, args: argparse.Namespace) -> dict:
+    """Trains a variant; returns its validation accuracy, plain and with TTA, and seconds."""
+    device = select_device(args.device)
+    surgery = {key: change.get(key, value) for key, value in MODERN.items()}
+    settings = RECIPES["modern"] | {"epochs": epochs, "seed": seed, "recipe": "modern"}
+    fields = {entry.name for entry in dataclasses.fields(TrainConfig)}
+    config = TrainConfig(**settings | {k: v for k, v in change.items() if k in fields})
+    splits = load_splits(args.data_dir, val_fraction=0.2, limit=None, seed=0, device=device)
+    torch.manual_seed(seed)
+    model = start(splits, surgery, change.get("without"))
+    model = model.to(device, memory_format=torch.channels_last)
+    augmentation = Augmentation(config.flip, config.translate, config.cutout)
+    statistics_ = splits.mean, splits.std
+    batches = TrainBatches(splits.train, config.batch_size, *statistics_, augmentation, seed)
+    precision, _ = choose_precision("auto", model, next(batches.epoch(0)), device)
+    with tempfile.TemporaryDirectory() as folder:
+        files = engine.RunFiles(Path(folder) / "state", Path(folder) / "history.csv", [], {})
+        groups = engine.parameter_groups(model, config)
+        rows = engine.fit(model, groups, batches, None, config, precision, files)
+    both = predict(model, splits.val.images, *statistics_, precision=precision, tta="crops")
+    plain, tta = (metrics.top1(logits, splits.val.labels.cpu()) for logits in both)
+    return {"top1": plain, "top1_tta": tta, "seconds": rows[-1]["seconds"]}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: mean and spread over seeds of each variant, and what leaving out costs."""
+    lines = ["| left out or replaced | validation accuracy (%) | with TTA (%) | worth | minutes |"]
+    lines.append("|---|---|---|---|---|")
+    full = None
+    for name in dict.fromkeys(row["variant"] for row in rows):
+        runs = [row for row in rows if row["variant"] == name]
+        cells = []
+        for key in ("top1", "top1_tta"):
+            values = [100 * run[key] for run in runs]
+            spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.2f}{spread}")
+        mean = 100 * statistics.mean(run["top1_tta"] for run in runs)
+        full = mean if full is None else full
+        worth = "" if name == "everything" else f"{full - mean:+.2f}"
+        minutes = statistics.mean(run["seconds"] for run in runs) / 60
+        lines.append(f"| {name} | {' | '.join(cells)} | {worth} | {minutes:.1f} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--data-dir", type=Path, default=Path("data"))
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--output", type=Path, help="write json here, and the table beside it")
+    args = parser.parse_args()
+    rows = []
+    for seed in range(args.seeds):
+        for name, change in VARIANTS.items():
+            result = train(change, args.epochs, seed, args)
+            rows.append({"variant": name, "epochs": args.epochs, "seed": seed, **result})
+            print(rows[-1], flush=True)
+            if args.output:
+                content = {"environment": environment(select_device(args.device)), "rows": rows}
+                write_json(args.output, content)
+                write_atomically(args.output.with_suffix(".md"), table(rows))
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
