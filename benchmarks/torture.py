@@ -136,7 +136,8 @@ def torture(
         whole.mkdir()
         begin = time.monotonic()
         finish_undisturbed(whole, data_dir, writing)
-        longest, expected = time.monotonic() - begin, in_child(outcome, whole)
+        # A third of a run at most, so that a run is killed several times before it is through.
+        longest, expected = (time.monotonic() - begin) / 3, in_child(outcome, whole)
         for number in range(1, rounds + 1):
             folder = Path(scratch) / str(number)
             folder.mkdir()
@@ -210,7 +211,7 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=40, help="trainings to disturb")
-    parser.add_argument("--kills", type=int, default=8, help="SIGKILLs at most in each")
+    parser.add_argument("--kills", type=int, default=12, help="SIGKILLs at most in each")
     parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills")
     parser.add_argument("--data-dir", type=Path, default=Path("data"))
     parser.add_argument("--output", type=Path, help="write the counts to this json")

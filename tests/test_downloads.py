@@ -280,6 +280,12 @@ def test_a_damaged_cache_is_told_in_one_line_and_fetched_anew(sample, tmp_path, 
     assert_equal(cifar10(tmp_path, []), sample)
 
 
+def test_a_batch_whose_numbering_would_fill_the_memory_is_refused():
+    long_binput = b"r" + (2**31 - 1).to_bytes(4, "little")  # makes a table of 32 GB
+    with pytest.raises(ValueError, match="numbers an object 2147483647"):
+        downloads._read_batch("data_batch_1", b"\x80\x02}" + long_binput + b".")
+
+
 def test_code_in_a_batch_is_refused_and_not_run(sample, tmp_path):
     class Malicious:
         def __reduce__(self):

@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import ROOT, run_python, start
 from PIL import Image
-from test_training import SMALL
+from test_training import SMALL, rows
 
 import checkpoint
 import cli
@@ -44,28 +44,31 @@ def test_killed_training_ends_in_the_same_bits(workplace):
 
 
 def test_a_failing_disk_costs_neither_the_run_nor_a_whole_file(workplace):
-    counts = faults.inject(workplace / "data", every=67, report=False)
+    counts = faults.inject(workplace / "data", every=29, report=False)
     assert counts["faults"] >= 5
     assert counts["ended_badly"] == counts["broken_files"] == counts["differences"] == 0
 
 
 @pytest.mark.parametrize(
-    ("file", "code", "words"),
+    ("file", "number", "code", "words"),
     [
-        ("custom_cnn.resume.pt", 0, "training goes on"),
-        ("custom_cnn.pt", 1, "state is kept"),
-        ("history.csv", 0, "training goes on"),
+        ("other.resume.pt", 1, 0, "training goes on"),
+        ("other.pt", 1, 1, "state is kept"),
+        ("history.csv", 3, 0, "training goes on"),  # its last line
     ],
 )
-def test_a_full_disk_is_said_and_costs_nothing(workplace, capsys, monkeypatch, file, code, words):
+def test_a_full_disk_is_said_and_costs_nothing(
+    workplace, capsys, monkeypatch, file, number, code, words
+):
     arguments = [*SMALL, "--epochs", "2", "--run-name"]
     assert train_custom.main([*arguments, "whole"]) == 0
-    replace, failures = os.replace, []
+    replace, targets = os.replace, []
 
     def fail_once(source, target):
-        if Path(target).name == file.replace("custom_cnn", "other") and not failures:
-            failures.append(target)
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if Path(target).name == file:
+            targets.append(target)
+            if len(targets) == number:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         replace(source, target)
 
     monkeypatch.setattr(os, "replace", fail_once)
@@ -73,7 +76,7 @@ def test_a_full_disk_is_said_and_costs_nothing(workplace, capsys, monkeypatch, f
     assert train_custom.main([*arguments, "other"]) == code
     printed = "".join(capsys.readouterr())
     assert words in printed
-    assert str(failures[0]) in printed
+    assert str(targets[0]) in printed
     if code:
         assert train_custom.main([*arguments, "other", "--resume"]) == 0
     one, other = (
@@ -82,6 +85,8 @@ def test_a_full_disk_is_said_and_costs_nothing(workplace, capsys, monkeypatch, f
     assert checkpoint.digest(dict(one["state_dict"])) == checkpoint.digest(
         dict(other["state_dict"])
     )
+    one, other = (rows(workplace / f"results/{name}/history.csv") for name in ("whole", "other"))
+    assert one == other
 
 
 def test_two_processes_that_write_the_table_of_results_leave_it_whole(workplace):
