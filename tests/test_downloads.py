@@ -21,6 +21,7 @@ from PIL import Image
 
 import downloads
 import fetching
+from batchfile import read_batch
 from downloads import ARCHIVE, FOLDER, SOURCES, TEST_BATCH, TRAIN_BATCHES, Cifar10, Source, cifar10
 
 BATCH_SIZE = 6
@@ -245,7 +246,7 @@ def test_a_broken_archive_of_the_user_is_named_and_kept(sample, tmp_path, cut, c
 def test_a_batch_pickled_by_a_newer_numpy_is_read(sample):
     data = sample.test_images.transpose(0, 3, 1, 2).reshape(BATCH_SIZE, 3072)
     content = pickle.dumps({"data": data, "labels": sample.test_labels.tolist()}, protocol=2)
-    images, labels = downloads._read_batch("test_batch", content)
+    images, labels = read_batch("test_batch", content, downloads.BATCH_SIZE)
     np.testing.assert_array_equal(images, sample.test_images)
     np.testing.assert_array_equal(labels, sample.test_labels)
 
@@ -283,7 +284,7 @@ def test_a_damaged_cache_is_told_in_one_line_and_fetched_anew(sample, tmp_path, 
 def test_a_batch_whose_numbering_would_fill_the_memory_is_refused():
     long_binput = b"r" + (2**31 - 1).to_bytes(4, "little")  # makes a table of 32 GB
     with pytest.raises(ValueError, match="numbers an object 2147483647"):
-        downloads._read_batch("data_batch_1", b"\x80\x02}" + long_binput + b".")
+        read_batch("data_batch_1", b"\x80\x02}" + long_binput + b".", downloads.BATCH_SIZE)
 
 
 def test_code_in_a_batch_is_refused_and_not_run(sample, tmp_path):
