@@ -48,6 +48,7 @@ def choose_precision(
         return "fp32", "precision fp32: this GPU has no bf16"
     x, labels = (tensor[:64] for tensor in batch)
     rates = {}
+    random_state = torch.get_rng_state()  # dropout is not to depend on whether this was measured
     for precision in ("fp32", "bf16"):
         probe = copy.deepcopy(model)
         train_mode(probe)
@@ -57,6 +58,7 @@ def choose_precision(
             F.cross_entropy(forward(probe, x, precision), labels).backward()
             times.append(now(device) - begin)
         rates[precision] = len(x) / min(times)
+    torch.set_rng_state(random_state)
     # Near a tie the stopwatch must not decide: the same command is to give the same weights.
     best = "bf16" if rates["bf16"] > 1.2 * rates["fp32"] else "fp32"
     measured = ", ".join(f"{name} {rate:,.0f}" for name, rate in rates.items())
@@ -145,7 +147,7 @@ def predict(
         images: (N, 32, 32, 3) uint8 on the model's device.
         mean: channel means the model was trained with, fractions of 255.
         std: the deviations.
-        batch_size: images at a time.
+        batch_size: images at a time, of 32x32 pixels; of a model that upsamples accordingly fewer.
         precision: "fp32" or "bf16".
         tta: see `views`.
 
@@ -154,7 +156,8 @@ def predict(
     """
     model.eval()
     plain, averaged = [], []
-    for part in images.split(batch_size):
+    pixels = (getattr(model, "image_size", 32) / 32) ** 2
+    for part in images.split(max(1, int(batch_size / pixels))):
         outputs = [forward(model, x, precision) for x in views(normalize(part, mean, std), tta)]
         plain.append(outputs[0])
         averaged.append(torch.stack(outputs).mean(0))

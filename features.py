@@ -20,8 +20,9 @@ def compute_features(
     mean: list[float],
     std: list[float],
     precision: str,
-    scratch_dir: Path,
-    batch_size: int = 500,
+    scratch: Path,
+    mirrored: bool = True,
+    batch_size: int = 100,
 ) -> Tensor:
     """Runs a frozen trunk over all images, plain and mirrored.
 
@@ -34,45 +35,55 @@ def compute_features(
         mean: channel means the trunk was trained with.
         std: the deviations.
         precision: "fp32" or "bf16", of the computation.
-        scratch_dir: where the features go, memory-mapped, when they would not fit in memory.
+        scratch: beside which path, and named after it, the features go, memory-mapped, when they
+            would not fit in memory.
+        mirrored: whether the mirrored variant is wanted too.
         batch_size: images at a time.
 
     Returns:
-        (N, 2, ...) bfloat16, variant 1 mirrored; on the CPU.
+        (N, 2, ...) bfloat16, variant 1 mirrored, or (N, 1, ...); on the CPU.
+
+    Raises:
+        OSError: they fit neither in memory nor on the disk.
     """
     trunk.eval()
     shape = forward(trunk, normalize(images[:1], mean, std), precision).shape[1:]
-    features = _allocate((len(images), 2, *shape), scratch_dir)
+    features = _allocate((len(images), 1 + mirrored, *shape), scratch)
     with tqdm(total=len(images), desc="features", unit="img", disable=None, leave=False) as bar:
         for start in range(0, len(images), batch_size):
             x = normalize(images[start : start + batch_size], mean, std)
-            for variant, view in enumerate((x, x.flip(3))):
+            for variant, view in enumerate((x, x.flip(3))[: 1 + mirrored]):
                 features[start : start + len(x), variant] = forward(trunk, view, precision)
             bar.update(len(x))
     return features
 
 
-def _allocate(shape: tuple[int, ...], scratch_dir: Path) -> Tensor:
+def _allocate(shape: tuple[int, ...], scratch: Path) -> Tensor:
     size = 2 * torch.Size(shape).numel()
     free = available_memory()
     on_disk = size > free / 2
-    place = f"a file in {scratch_dir}/" if on_disk else "memory"
-    print(
-        f"features of {shape[0]:,} images, plain and mirrored: {size / 1e6:,.0f} MB in {place}",
-        flush=True,
-    )
+    place = f"a file in {scratch.parent}/" if on_disk else "memory"
+    both = ", plain and mirrored" if shape[1] == 2 else ""
+    print(f"features of {shape[0]:,} images{both}: {size / 1e6:,.0f} MB in {place}", flush=True)
     if not on_disk:
         return torch.empty(shape, dtype=torch.bfloat16)
-    handle, name = tempfile.mkstemp(prefix=".features.", suffix=".tmp", dir=scratch_dir)
+    # Named as a temporary file of the run: what is left of it is swept away with the others.
+    handle, name = tempfile.mkstemp(prefix=f".{scratch.name}.", suffix=".tmp", dir=scratch.parent)
     try:
         try:
             features = torch.from_file(name, True, size // 2, dtype=torch.bfloat16).view(shape)
         finally:
             with suppress(PermissionError):  # Windows keeps what is mapped
-                os.unlink(name)  # the mapping keeps the bytes alive; a kill leaves none behind
+                os.unlink(name)  # the mapping keeps the bytes alive
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(handle, 0, size)  # a full disk shows now, not as a crash later
         return features
+    except OSError as error:
+        raise OSError(
+            f"{size / 1e9:.1f} GB of features fit neither in memory nor in {scratch.parent}/ "
+            f"({error}): add --no-cache, or take a smaller --image-size or another "
+            "--checkpoint-dir"
+        ) from error
     finally:
         os.close(handle)
 
@@ -81,7 +92,9 @@ def available_memory() -> float:
     """Bytes that can be allocated without swapping; where the system does not say, a guess."""
     limits = []
     with suppress(OSError, ValueError):  # a container's own limit; "max" where there is none
-        limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+        group = Path("/sys/fs/cgroup")
+        used = (group / "memory.stat").read_text().split()[1]  # "anon", what no file holds too
+        limits.append(int((group / "memory.max").read_text()) - int(used))
     with suppress(OSError):
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):

@@ -202,7 +202,7 @@ def calibration(
         histogram.stairs(bins.count.numpy(), edges, color=colour, linewidth=1.5, baseline=None)
     diagram.set_ylabel("accuracy (%), with its 68 % interval")
     diagram.set_ylim(-2, 102)
-    diagram.legend(frameon=False, loc="upper left")
+    diagram.legend(frameon=False, loc="lower right")
     histogram.set_xlabel("confidence: probability of the predicted class (%)")
     histogram.set_ylabel("images per bin")
     histogram.set_xlim(0, 101)

@@ -38,8 +38,8 @@ class FineTuneConfig(TrainConfig):
     )
 
 
-# Far more than in training from scratch, but far less than the classifier alone would bear: the
-# pretrained filters are to be adapted, not unlearned.
+# The rate is the new classifier's; `stage_lr_scale` gives pretrained stages less, the earlier the
+# less: their filters are to be adapted, not unlearned.
 DEFAULTS: dict[str, Any] = {
     "batch_size": 128,
     "lr": 1e-3,
@@ -61,10 +61,14 @@ def parse(argv: list[str] | None) -> FineTuneConfig:
     parser = cli.Parser(prog="finetune.py", description=__doc__)
     cli.add_flags(parser, FineTuneConfig)
     given = DEFAULTS | vars(parser.parse_args(argv))
+    if given.get("weights") == "none":
+        given.setdefault("unfreeze", "all")  # a random trunk is nothing to keep
     given.setdefault("epochs", EPOCHS[given.get("unfreeze", "last")])
     if given.get("image_size") is None:
         given["image_size"] = ARCHS[given.get("arch", "resnet18")].image_size
     config = FineTuneConfig(**given)
+    if config.weights not in ("imagenet", "none") and not Path(config.weights).is_file():
+        raise ValueError(f"--weights {config.weights}: no such file; or imagenet, or none")
     if caches(config) and (config.translate or config.cutout):
         raise ValueError(
             "--translate and --cutout change the input of the frozen trunk, whose output is kept: "
@@ -142,15 +146,17 @@ def train(config: FineTuneConfig, command: str) -> None:
 
         begin = time.perf_counter()
         if caches(config):
-            options = (mean, std, precision, config.checkpoint_dir)
-            features = compute_features(trunk, splits.train.images, *options)
+            options = (mean, std, precision, run.checkpoint_path)
             dtype = torch.bfloat16 if precision == "bf16" else torch.float32
             batches = FeatureBatches(
-                features, splits.train, config.batch_size, config.flip, config.seed, dtype
+                compute_features(
+                    trunk, splits.train.images, *options, mirrored=config.flip != "none"
+                ),
+                *(splits.train, config.batch_size, config.flip, config.seed, dtype),
             )
             trained = tail
             if splits.val:
-                val_features = compute_features(trunk, splits.val.images, *options)
+                val_features = compute_features(trunk, splits.val.images, *options, mirrored=False)
 
                 def val_logits() -> torch.Tensor:
                     return predict_features(tail, val_features, precision, dtype)
@@ -166,6 +172,7 @@ def train(config: FineTuneConfig, command: str) -> None:
             run.state,
             time.perf_counter() - begin,
         )
+        del batches  # the features' memory is free for the test set
         records.finish(run, described, model, splits, history, tta="flip")
 
 

@@ -112,11 +112,11 @@ _RESNET = {
     "tail": ("avgpool", "flatten", "fc"),
     "opened": {"conv1.stride": (1, 1), "maxpool": nn.Identity()},
 }
-WEIGHTS = "IMAGENET1K_V1"
+WEIGHTS = "IMAGENET1K_V1"  # of torchvision, for every row below
 ARCHS = {
     "vgg19": Architecture(
         torchvision.models.vgg19,
-        head="classifier",  # three layers for 7x7 maps, of which small pictures leave 2x2
+        head="classifier",  # three layers for 7x7 maps, which small pictures do not leave
         features=512,
         stages={
             f"block{number}": _span("features", *span)
@@ -167,7 +167,7 @@ class OperatedNetwork(nn.Module):
         super().__init__()
         if not 32 <= image_size <= 512:
             raise ValueError(f"image size {image_size}: must be 32 to 512 pixels")
-        self.row = ARCHS[arch]
+        self.row, self.image_size = ARCHS[arch], image_size
         self.network = self.row.build(weights=None)
         self.resize = nn.Upsample(image_size, mode="bilinear", align_corners=False)
         for name, make in self.row.edits.items():
@@ -202,12 +202,17 @@ class OperatedNetwork(nn.Module):
         return parts
 
     def load_pretrained(self, state: dict[str, Tensor]) -> None:
-        """Loads ImageNet weights; the classifier they may hold is left out.
+        """Loads ImageNet weights; the layer they may hold in the new one's place is left out.
+
+        A file may also hold the trunk alone; layers before the new one then keep random weights.
 
         Raises:
             ValueError: another tensor is missing, has another shape or does not belong here.
         """
         head = self.row.head + "."
+        top = head.split(".")[0] + "."
+        if not any(key.startswith(top) for key in state):
+            head = top
         own = {k: v for k, v in self.network.state_dict().items() if not k.startswith(head)}
         given = {k: v for k, v in state.items() if not k.startswith(head)}
         # Files from before 2017 lack the counters, which nothing here reads.
@@ -234,9 +239,12 @@ def freeze(model: OperatedNetwork, unfreeze: str) -> tuple[nn.Sequential | None,
     Returns:
         The frozen trunk (None with "all") and the part that trains; both share the modules.
     """
-    stages = list(model.stages().values())
-    cut = len(stages) - {"head": 1, "last": 2, "all": len(stages)}[unfreeze]
-    trunk, tail = stages[:cut], stages[cut:]
+    *stages, head = model.stages().values()
+    if unfreeze == "head":  # the trunk ends in pooled features: to keep them takes little memory
+        trunk, tail = [*stages, head[:-1]], [head[-1]]
+    else:
+        cut = {"last": -1, "all": 0}[unfreeze]
+        trunk, tail = stages[:cut], [*stages[cut:], head]
     for stage in trunk:
         stage.requires_grad_(False)
     return nn.Sequential(*trunk) if trunk else None, nn.Sequential(*tail)

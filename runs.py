@@ -150,7 +150,7 @@ def _finished(config: TrainConfig, name: str) -> bool:
 def _sweep(config: TrainConfig, name: str) -> None:
     """Removes what a kill in the middle of a write has left of this run."""
     own = glob.escape(name)
-    for pattern in (f".{own}.pt.*.tmp", f".{own}.resume.pt.*.tmp", f"{own}.resume.pt.*.tmp"):
+    for pattern in (f".{own}.pt.*.tmp", f".{own}.resume.pt.*.tmp"):
         for path in config.checkpoint_dir.glob(pattern):
             path.unlink(missing_ok=True)
     for path in (config.results_dir / name).glob(".*.tmp"):

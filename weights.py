@@ -14,11 +14,13 @@ from pathlib import Path, PurePosixPath
 from urllib.parse import urlparse
 
 import torch
+import torchvision
 from torch import Tensor
 
 import tensorfile
 from fetching import TIMEOUT, first_that_works, run_client, socket_timeout, tell, workspace
 from files import sha256, write_atomically
+from models import WEIGHTS
 
 # SHA-256 of the tensors (see `tensors_sha256`) of official files that can also be had elsewhere.
 # Written anew, such a file holds the same numbers under another file hash.
@@ -97,9 +99,7 @@ def tensors_sha256(state: Mapping[str, Tensor]) -> str:
 
 
 def _official_url(arch: str) -> str:
-    import torchvision  # takes seconds; a run from a file of weights does not wait for it here
-
-    return torchvision.models.get_model_weights(arch)["IMAGENET1K_V1"].url
+    return torchvision.models.get_model_weights(arch)[WEIGHTS].url
 
 
 def _hash_prefix(name: str) -> str:
@@ -146,7 +146,7 @@ def _from_official_host(url: str, path: Path, temporary: Path) -> None:
 
 
 class _StateDictUnpickler(pickle.Unpickler):
-    """Opens a plain pickle of a state dict; the four names it may use cannot run code."""
+    """Opens a plain pickle of a state dict; the three names it may use cannot run code."""
 
     allowed: Mapping[tuple[str, str], Callable] = {
         ("collections", "OrderedDict"): OrderedDict,

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 
@@ -16,6 +17,14 @@ from finetune import FineTuneConfig
 
 # Each network at a size its torchvision original takes too, so that they can be compared.
 MODELS = tuple(models.ARCHS)
+
+
+TAILS = {  # the last stage and the head, as names of parameters begin
+    "vgg19": (tuple(f"features.{i}." for i in range(28, 37)), ("classifier.",)),
+    "resnet18": (("layer4.",), ("fc.",)),
+    "resnet50": (("layer4.",), ("fc.",)),
+    "mobilenet_v3_small": (tuple(f"features.{i}." for i in range(9, 13)), ("classifier.",)),
+}
 
 
 def operated(arch, **surgery):
@@ -46,8 +55,10 @@ def test_stages_compose_to_the_network_and_only_the_named_part_trains(arch, unfr
     images = torch.randn(2, 3, 32, 32)
     middle = trunk(images) if trunk else images
     torch.testing.assert_close(tail(middle), model(images))
-    trained = {id(p) for p in model.parameters() if p.requires_grad}
-    assert trained == {id(p) for p in tail.parameters()}
+    trained = {name for name, p in model.network.named_parameters() if p.requires_grad}
+    last, head = TAILS[arch]
+    prefixes = {"head": head, "last": (*last, *head), "all": ("",)}[unfreeze]
+    assert trained == {n for n, _ in model.network.named_parameters() if n.startswith(prefixes)}
     assert (trunk is None) == (unfreeze == "all")
 
 
@@ -101,6 +112,11 @@ def test_weights_with_a_missing_misshapen_unknown_or_infinite_tensor_are_refused
             model.load_pretrained(bad)
     with pytest.raises(ValueError, match=r"layer9\.weight"):
         model.load_pretrained(good | {"layer9.weight": good[key]})
+    good = torchvision.models.mobilenet_v3_small().state_dict()  # two layers follow its trunk
+    model = operated("mobilenet_v3_small")
+    model.load_pretrained({k: v for k, v in good.items() if k.startswith("features.")})
+    with pytest.raises(ValueError, match=r"classifier\.0\.bias"):
+        model.load_pretrained({k: v for k, v in good.items() if k != "classifier.0.bias"})
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -114,7 +130,8 @@ def test_cached_features_give_the_batches_the_uncached_trunk_gives(sample, tmp_p
     )
     statistics = [0.5] * 3, [0.25] * 3
     plain = data.TrainBatches(split, 64, *statistics, data.Augmentation("alternating"), seed=5)
-    cache = features.compute_features(trunk, split.images, *statistics, precision, tmp_path)
+    scratch = tmp_path / "r.pt"
+    cache = features.compute_features(trunk, split.images, *statistics, precision, scratch)
     assert cache.shape[:3] == (320, 2, 8)
     cached = features.FeatureBatches(cache, split, 64, "alternating", 5, torch.float32)
     for epoch in (0, 1):
@@ -126,11 +143,16 @@ def test_cached_features_give_the_batches_the_uncached_trunk_gives(sample, tmp_p
             torch.testing.assert_close(kept, expected, rtol=1e-2, atol=1e-3)
 
 
+def full_disk(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
 def test_features_that_do_not_fit_in_memory_go_to_a_file_that_vanishes(
     sample, tmp_path, monkeypatch, capsys
 ):
     images = torch.from_numpy(sample["test_images"])
-    arguments = (torch.nn.Conv2d(3, 4, 3), images, [0.5] * 3, [0.25] * 3, "fp32", tmp_path)
+    scratch = tmp_path / "r.pt"
+    arguments = (torch.nn.Conv2d(3, 4, 3), images, [0.5] * 3, [0.25] * 3, "fp32", scratch)
     kept = features.compute_features(*arguments)
     assert "in memory" in capsys.readouterr().out
     monkeypatch.setattr(features, "available_memory", lambda: 1000)
@@ -138,6 +160,12 @@ def test_features_that_do_not_fit_in_memory_go_to_a_file_that_vanishes(
     assert f"MB in a file in {tmp_path}" in capsys.readouterr().out
     assert torch.equal(kept, mapped)
     assert os.name == "nt" or not list(tmp_path.iterdir())
+    plain = features.compute_features(*arguments, mirrored=False)
+    assert torch.equal(plain, kept[:, :1])
+    monkeypatch.setattr(os, "posix_fallocate", full_disk, raising=False)
+    with pytest.raises(OSError, match="--no-cache"):
+        features.compute_features(*arguments)
+    assert not list(tmp_path.iterdir())
 
 
 def run(workplace, monkeypatch, *arguments):
@@ -166,15 +194,41 @@ def test_finetuned_checkpoint_says_where_it_began_and_needs_nothing_to_be_used(
     assert described["parameters"]["trainable"] < described["parameters"]["total"]
 
 
-def test_cache_changes_time_and_nothing_else(workplace, monkeypatch):
+@pytest.fixture
+def lively_weights(workplace, sample):
+    """Random weights with the BatchNorm statistics of images: the trunk tells them apart."""
+    model = operated("mobilenet_v3_small", image_size=32, open_stem=True).train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = None  # the mean of all batches
+    images = torch.from_numpy(sample["test_images"])
+    with torch.no_grad():
+        model(data.normalize(images, finetune.IMAGENET_MEAN, finetune.IMAGENET_STD))
+    torch.save(model.network.state_dict(), "lively.pth")
+    return "lively.pth"
+
+
+@pytest.mark.parametrize("unfreeze", ["head", "last"])
+def test_cache_changes_time_and_nothing_else(workplace, monkeypatch, lively_weights, unfreeze):
+    images = torch.from_numpy(data.cifar10(workplace / "data").test_images)
+    losses, logits = [], []
     for name, extra in (("with", []), ("without", ["--no-cache"])):
-        common = ["--weights", "none", "--unfreeze", "head", "--run-name", name]
-        run(workplace, monkeypatch, *common, *extra)
-    losses = [
-        [float(row["train_loss"]) for row in rows(workplace / f"results/{name}/history.csv")]
-        for name in ("with", "without")
-    ]
+        start = ["--weights", lively_weights, "--dropout", "0"]
+        run(workplace, monkeypatch, *start, "--unfreeze", unfreeze, "--run-name", name, *extra)
+        history = rows(workplace / f"results/{name}/history.csv")
+        losses.append([float(row["train_loss"]) for row in history])
+        model, _ = checkpoint.load_model(workplace / f"checkpoints/{name}.pt")
+        statistics = finetune.IMAGENET_MEAN, finetune.IMAGENET_STD
+        logits.append(compute.predict(model, images, *statistics)[0])
     assert losses[0] == pytest.approx(losses[1], abs=2e-3)
+    between_images = logits[0].std(0).mean()
+    assert (logits[0] - logits[1]).abs().max() < 0.1 * between_images
+
+
+def test_weights_none_trains_everything_unless_told_otherwise():
+    assert finetune.parse(["--weights", "none"]).unfreeze == "all"
+    assert finetune.parse(["--weights", "none", "--unfreeze", "head"]).unfreeze == "head"
+    assert finetune.parse([]).unfreeze == "last"
 
 
 @pytest.mark.parametrize(
