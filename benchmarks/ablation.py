@@ -42,6 +42,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no label smoothing": {"label_smoothing": 0.0},
     "random flips": {"flip": "random"},
     "no translation": {"translate": 0},
+    "no cutout": {"cutout": 0},
 }
 
 
