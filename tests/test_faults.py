@@ -24,7 +24,7 @@ import files
 import finetune
 import pictures
 import train_custom
-from benchmarks import faults, fuzz
+from benchmarks import faults, fuzz, mutations
 
 RUN = (*SMALL, "--limit", "256", "--epochs", "40")
 
@@ -221,7 +221,7 @@ def test_finetuning_with_dropout_resumes_to_the_same_bits(workplace, monkeypatch
 
 def test_checkpoint_with_code_is_refused_and_not_run(tmp_path, capsys):
     trace, path = tmp_path / "executed", tmp_path / "evil.pt"
-    torch.save({"format": checkpoint.FORMAT, "x": fuzz.Code(trace)}, path)
+    torch.save({"format": checkpoint.FORMAT, "x": mutations.Code(trace)}, path)
     assert evaluate.main([str(path)]) == 2
     assert "not a readable checkpoint" in capsys.readouterr().err
     assert not trace.exists()
@@ -236,7 +236,7 @@ def test_small_checkpoint_that_stands_for_many_bytes_is_refused(tmp_path):
 
 def test_compressed_checkpoint_that_would_fill_the_memory_is_refused(tmp_path):
     path = tmp_path / "bomb.pt"
-    path.write_bytes(fuzz.compressed(fuzz.saved({"format": checkpoint.FORMAT})))
+    path.write_bytes(mutations.compressed(mutations.saved({"format": checkpoint.FORMAT})))
     with pytest.raises(ValueError, match="compressed"):
         checkpoint.load(path)
 
