@@ -13,19 +13,20 @@ def initialize_from_images(model: CustomCNN, x: Tensor) -> None:
         model: a network whose first convolution has at most 54 filters, an even number.
         x: normalised training images (N, 3, H, W); some thousands suffice.
     """
-    whiten(model.features[0], x)
+    whiten(model, x)
     begin_as_identity(model)
     fix_batchnorm_scales(model)
 
 
-def whiten(conv: nn.Conv2d, x: Tensor, eps: float = 5e-4) -> None:
-    """Makes a 3x3 convolution whiten patches, and freezes it.
+def whiten(model: CustomCNN, x: Tensor, eps: float = 5e-4) -> None:
+    """Makes the first convolution and its BatchNorm whiten 3x3 patches, and freezes both.
 
-    Its filters are the eigenvectors of the patches' covariance over the root of their eigenvalues,
+    The filters are the eigenvectors of the patches' covariance over the root of their eigenvalues,
     the strongest directions, each with both signs: the activation that follows would lose half.
+    Where nothing of a layer trains, no gradient is computed for what comes before the next one.
 
     Args:
-        conv: changed in place.
+        model: changed in place.
         x: normalised images (N, 3, H, W).
         eps: added to the eigenvalues, so that the noise in the weakest directions stays small.
     """
@@ -36,10 +37,21 @@ def whiten(conv: nn.Conv2d, x: Tensor, eps: float = 5e-4) -> None:
         count += len(patches)
     eigenvalues, vectors = torch.linalg.eigh(covariance / count)
     filters = (vectors / (eigenvalues + eps).sqrt()).T.flip(0)  # strongest direction first
+    conv = model.features[0]
     filters = filters[: conv.out_channels // 2].reshape(-1, 3, 3, 3).to(conv.weight)
+    number, norm = next(
+        (number, layer)
+        for number, layer in enumerate(model.features)
+        if isinstance(layer, nn.BatchNorm2d)
+    )
+    momentum, norm.momentum = norm.momentum, None  # None averages over all batches
     with torch.no_grad():
         conv.weight.copy_(torch.cat([filters, -filters]))
+        for part in x.split(500):
+            model.features[: number + 1](part)
+    norm.momentum = momentum
     conv.weight.requires_grad_(False)
+    norm.bias.requires_grad_(False)
 
 
 def begin_as_identity(model: CustomCNN) -> None:

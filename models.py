@@ -63,11 +63,11 @@ class CustomCNN(nn.Module):
 
 
 # The second convolution sees all 32x32 pixels, but few channels of them; the wide ones see maps of
-# 16, 8, 8 and 4 pixels. That makes 138 million multiplications an image, 3.6 times the tutorial
-# shape's, for a far better network. 24 filters are the twelve strongest directions of 3x3 colour
-# patches with both signs: the other fifteen hold 0.4 % of the variance and cost an eighth more.
+# 16, 8, 8 and 4 pixels, the widest the smallest. That makes 175 million multiplications an image,
+# 4.5 times the tutorial shape's, for a far better network. 24 filters are the twelve strongest
+# directions of 3x3 colour patches with both signs: the other fifteen hold 0.4 % of the variance.
 MODERN = {
-    "widths": (24, 64, 256, 256, 256, 256),
+    "widths": (24, 64, 256, 256, 384, 512),
     "pool_after": (2, 3, 5),
     "activation": "gelu",
 }
@@ -125,7 +125,7 @@ ARCHS = {
         tail=("avgpool", "flatten", "classifier"),
         edits={"features.36": nn.Identity, "avgpool": lambda: nn.AdaptiveAvgPool2d(1)},
     ),
-    "resnet18": Architecture(torchvision.models.resnet18, features=512, **_RESNET),
+    "resnet18": Architecture(torchvision.models.resnet18, features=512, image_size=80, **_RESNET),
     "resnet50": Architecture(torchvision.models.resnet50, features=2048, **_RESNET),
     "mobilenet_v3_small": Architecture(
         torchvision.models.mobilenet_v3_small,

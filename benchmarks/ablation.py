@@ -51,7 +51,7 @@ def start(splits: Splits, surgery: dict[str, Any], without: str | None) -> torch
     model = create_model("custom_cnn", surgery)
     x = normalize(splits.train.images[:5000].cpu(), splits.mean, splits.std)
     steps = {
-        "whiten": lambda: initialization.whiten(model.features[0], x),
+        "whiten": lambda: initialization.whiten(model, x),
         "begin_as_identity": lambda: initialization.begin_as_identity(model),
         "fix_batchnorm_scales": lambda: initialization.fix_batchnorm_scales(model),
     }
