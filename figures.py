@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator
 from torch import Tensor
 
 import metrics
@@ -21,6 +21,7 @@ from files import write_atomically
 
 BLUE, ORANGE = "#0072B2", "#D55E00"
 GREY = "#666666"
+PALETTE = (BLUE, ORANGE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DPI = 120  # 10 inches make 1200 px, which a README shows unscaled
 
 
@@ -213,6 +214,43 @@ def calibration(
     for axes in (diagram, histogram):
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
+
+
+def accuracy_by_minutes(rows: Sequence[Mapping[str, float | str]], path: Path) -> None:
+    """Validation accuracy against training time: a panel a network, a line each way to train it.
+
+    Args:
+        rows: one an epoch, with `arch`, `flags` (names the line), `minutes` and `val_accuracy`
+            (fraction).
+        path: the PNG to write.
+    """
+    panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for row in rows:
+        points = panels.setdefault(str(row["arch"]), {}).setdefault(str(row["flags"]), [])
+        points.append((float(row["minutes"]), 100 * float(row["val_accuracy"])))
+    columns = min(2, len(panels))
+    height = math.ceil(len(panels) / columns)
+    figure = _figure(5 + 2.5 * columns, 4.5 * height, "Fine-tuning: accuracy by training time")
+    grid = figure.subplots(height, columns, squeeze=False)
+    for axes in grid.flat[len(panels) :]:
+        axes.set_axis_off()
+    for axes, (arch, lines) in zip(grid.flat, panels.items(), strict=False):
+        for number, (name, points) in enumerate(lines.items()):
+            colour, marker = PALETTE[number % len(PALETTE)], "os^vD"[number // len(PALETTE) % 5]
+            axes.plot(
+                *zip(*points, strict=True), color=colour, marker=marker, label=name or "defaults"
+            )
+        axes.set_title(arch)
+        axes.set_xlabel("minutes")
+        axes.set_ylabel("validation accuracy (%)")
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=7, loc="lower right")
     _save(figure, path)
 
 

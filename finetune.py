@@ -14,7 +14,7 @@ import records
 import runs
 from compute import predict, select_device, settle_precision
 from config import TrainConfig, setting
-from data import Augmentation, TrainBatches
+from data import Augmentation, Splits, TrainBatches
 from features import FeatureBatches, compute_features, predict_features
 from models import ARCHS, OperatedNetwork, freeze
 from weights import imagenet_weights, weights_from_file
@@ -49,7 +49,7 @@ DEFAULTS: dict[str, Any] = {
     "flip": "alternating",
     "bias_lr_scale": 1.0,
 }
-EPOCHS = {"head": 10, "last": 6, "all": 3}
+EPOCHS = {"head": 10, "last": 5, "all": 3}
 
 
 def parse(argv: list[str] | None) -> FineTuneConfig:
@@ -112,68 +112,80 @@ def train(config: FineTuneConfig, command: str) -> None:
     device = select_device(config.device)
     with runs.claim(config, config.arch, command) as run:
         splits = runs.load(config, device)._replace(mean=IMAGENET_MEAN, std=IMAGENET_STD)
-        mean, std = splits.mean, splits.std
-        torch.manual_seed(config.seed)
-        surgery = {
-            "image_size": config.image_size,
-            "open_stem": config.image_size == 32,
-            "dropout": config.dropout,
-        }
-        model = OperatedNetwork(config.arch, **surgery)
-        provenance = start_weights(model, config)
-        trunk, tail = freeze(model, config.unfreeze)
-        model = model.to(device, memory_format=torch.channels_last)
-        augmentation = Augmentation(config.flip, config.translate, config.cutout)
-        batches = TrainBatches(
-            splits.train, config.batch_size, mean, std, augmentation, config.seed
-        )
-        precision = settle_precision(config.precision, model, batches, run.state)
-        described = records.describe(
-            run,
-            config,
-            arch=config.arch,
-            surgery=surgery,
-            model=model,
-            splits=splits,
-            device=device,
-            precision=precision,
-            weights=provenance,
-        )
-        trained = model
-
-        def val_logits() -> torch.Tensor:
-            return predict(model, splits.val.images, mean, std, precision=precision)[0]
-
-        begin = time.perf_counter()
-        if caches(config):
-            options = (mean, std, precision, run.checkpoint_path)
-            dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-            batches = FeatureBatches(
-                compute_features(
-                    trunk, splits.train.images, *options, mirrored=config.flip != "none"
-                ),
-                *(splits.train, config.batch_size, config.flip, config.seed, dtype),
-            )
-            trained = tail
-            if splits.val:
-                val_features = compute_features(trunk, splits.val.images, *options, mirrored=False)
-
-                def val_logits() -> torch.Tensor:
-                    return predict_features(tail, val_features, precision, dtype)
-
-        history = engine.fit(
-            trained,
-            parameter_groups(model, config),
-            batches,
-            records.validator(splits, val_logits),
-            config,
-            precision,
-            run.files(records.identity(described)),
-            run.state,
-            time.perf_counter() - begin,
-        )
-        del batches  # the features' memory is free for the test set
+        described, model, history = fit(config, run, splits)
         records.finish(run, described, model, splits, history, tta="flip")
+
+
+def fit(
+    config: FineTuneConfig, run: runs.Run, splits: Splits
+) -> tuple[dict[str, Any], OperatedNetwork, list[dict[str, Any]]]:
+    """Fine-tunes one network; the test set is not read.
+
+    Args:
+        config: the settings.
+        run: where state and history are kept, and what is resumed.
+        splits: on the device to compute on, with the statistics of ImageNet.
+
+    Returns:
+        What `records.describe` says of the run, the network, and the history.
+    """
+    device, mean, std = splits.train.images.device, splits.mean, splits.std
+    torch.manual_seed(config.seed)
+    surgery = {
+        "image_size": config.image_size,
+        "open_stem": config.image_size == 32,
+        "dropout": config.dropout,
+    }
+    model = OperatedNetwork(config.arch, **surgery)
+    provenance = start_weights(model, config)
+    trunk, tail = freeze(model, config.unfreeze)
+    model = model.to(device, memory_format=torch.channels_last)
+    augmentation = Augmentation(config.flip, config.translate, config.cutout)
+    batches = TrainBatches(splits.train, config.batch_size, mean, std, augmentation, config.seed)
+    precision = settle_precision(config.precision, model, batches, run.state)
+    described = records.describe(
+        run,
+        config,
+        arch=config.arch,
+        surgery=surgery,
+        model=model,
+        splits=splits,
+        device=device,
+        precision=precision,
+        weights=provenance,
+    )
+    trained = model
+
+    def val_logits() -> torch.Tensor:
+        return predict(model, splits.val.images, mean, std, precision=precision)[0]
+
+    begin = time.perf_counter()
+    if caches(config):
+        options = (mean, std, precision, run.checkpoint_path)
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        batches = FeatureBatches(
+            compute_features(trunk, splits.train.images, *options, mirrored=config.flip != "none"),
+            *(splits.train, config.batch_size, config.flip, config.seed, dtype),
+        )
+        trained = tail
+        if splits.val:
+            val_features = compute_features(trunk, splits.val.images, *options, mirrored=False)
+
+            def val_logits() -> torch.Tensor:
+                return predict_features(tail, val_features, precision, dtype)
+
+    history = engine.fit(
+        trained,
+        parameter_groups(model, config),
+        batches,
+        records.validator(splits, val_logits),
+        config,
+        precision,
+        run.files(records.identity(described)),
+        run.state,
+        time.perf_counter() - begin,
+    )
+    return described, model, history
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -107,6 +107,19 @@ def test_calibration_draws_a_curve_per_variant(tmp_path, temperature, n):
     assert shows(array, figures.BLUE) == (temperature is not None)
 
 
+def test_every_way_to_fine_tune_has_a_line_in_its_networks_panel(tmp_path):
+    rows = [
+        {"arch": arch, "flags": flags, "minutes": minutes, "val_accuracy": minutes / 10}
+        for arch, ways in (("vgg19", ("--epochs 2", "--epochs 3")), ("resnet18", ("",)))
+        for flags in ways
+        for minutes in (1, 5, 9)
+    ]
+    figures.accuracy_by_minutes(rows, tmp_path / "by_minutes.png")
+    panels = np.array_split(pixels(tmp_path / "by_minutes.png"), 2, axis=1)
+    assert [shows(panel, figures.BLUE) for panel in panels] == [True, True]
+    assert [shows(panel, figures.ORANGE) for panel in panels] == [True, False]
+
+
 def test_report_writes_its_numbers_and_a_picture_of_each_kind(tmp_path):
     header = "epoch,step,lr,train_loss,train_accuracy,val_loss,val_accuracy\n"
     (tmp_path / "history.csv").write_text(header + "1,10,0.001,1.5,0.4,,\n2,20,0,1.2,0.5,,\n")
