@@ -109,11 +109,16 @@ def parameter_groups(model: OperatedNetwork, config: FineTuneConfig) -> list[dic
 
 def train(config: FineTuneConfig, command: str) -> None:
     """Fine-tunes one network and leaves its checkpoint, numbers and pictures."""
-    device = select_device(config.device)
     with runs.claim(config, config.arch, command) as run:
-        splits = runs.load(config, device)._replace(mean=IMAGENET_MEAN, std=IMAGENET_STD)
+        splits = load(config)
         described, model, history = fit(config, run, splits)
         records.finish(run, described, model, splits, history, tta="flip")
+
+
+def load(config: FineTuneConfig) -> Splits:
+    """The splits on the device to compute on, with the channel statistics of ImageNet."""
+    splits = runs.load(config, select_device(config.device))
+    return splits._replace(mean=IMAGENET_MEAN, std=IMAGENET_STD)
 
 
 def fit(
@@ -124,7 +129,7 @@ def fit(
     Args:
         config: the settings.
         run: where state and history are kept, and what is resumed.
-        splits: on the device to compute on, with the statistics of ImageNet.
+        splits: what `load` returned.
 
     Returns:
         What `records.describe` says of the run, the network, and the history.

@@ -24,7 +24,6 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import figures
 import finetune
 import runs
-from compute import select_device
 from files import write_atomically
 from models import ARCHS
 
@@ -40,9 +39,7 @@ def train(flags: list[str], data_dir: Path) -> list[dict[str, Any]]:
         folders = ["--data-dir", str(data_dir), "--checkpoint-dir", folder, "--results-dir", folder]
         config = finetune.parse([*flags, "--val-fraction", "0.1", *folders])
         with runs.claim(config, config.arch, "") as run:
-            splits = runs.load(config, select_device(config.device))
-            splits = splits._replace(mean=finetune.IMAGENET_MEAN, std=finetune.IMAGENET_STD)
-            described, _, history = finetune.fit(config, run, splits)
+            described, _, history = finetune.fit(config, run, finetune.load(config))
     return [
         {
             "weights": Path(config.weights).name,
@@ -73,6 +70,7 @@ def full_runs(results_dir: Path) -> list[dict[str, Any]]:
                         "val_accuracy": row["val_accuracy"],
                     }
                     for row in csv.DictReader(file)
+                    if row["val_accuracy"]
                 ]
     return rows
 
@@ -101,9 +99,10 @@ def main() -> None:
         writer.writeheader()
         writer.writerows(rows)
         write_atomically(path, text.getvalue())
-    figures.accuracy_by_minutes(
-        rows + full_runs(args.results_dir), args.results_dir / "finetuning.png"
-    )
+    rows += full_runs(args.results_dir)
+    if not rows:
+        parser.error("nothing tried yet: give --tries FLAGS ...")
+    figures.accuracy_by_minutes(rows, args.results_dir / "finetuning.png")
 
 
 if __name__ == "__main__":
