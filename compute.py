@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from data import normalize
 
@@ -157,7 +158,9 @@ def predict(
     model.eval()
     plain, averaged = [], []
     pixels = (getattr(model, "image_size", 32) / 32) ** 2
-    for part in images.split(max(1, int(batch_size / pixels))):
+    parts = images.split(max(1, int(batch_size / pixels)))
+    # Upsampled to many pixels this takes minutes, which nobody should have to wonder about.
+    for part in tqdm(parts, "evaluating", unit="batch", disable=None, leave=False, delay=2):
         outputs = [forward(model, x, precision) for x in views(normalize(part, mean, std), tta)]
         plain.append(outputs[0])
         averaged.append(torch.stack(outputs).mean(0))

@@ -272,7 +272,7 @@ def fit(
             sums.zero_()
             spent["epoch"] = 0.0
             kept = save_state()
-            print(history.line(rows[-1], config.epochs), flush=True)
+            print(history.line(rows, config.epochs, seconds_before), flush=True)
             if received:
                 raise Stopped(received[0], _stopped(kept, files))
     if not written:  # no later epoch will write it whole

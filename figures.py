@@ -231,7 +231,7 @@ def accuracy_by_minutes(rows: Sequence[Mapping[str, float | str]], path: Path) -
         points.append((float(row["minutes"]), 100 * float(row["val_accuracy"])))
     columns = min(2, len(panels))
     height = math.ceil(len(panels) / columns)
-    figure = _figure(5 + 2.5 * columns, 4.5 * height, "Fine-tuning: accuracy by training time")
+    figure = _figure(5 + 2.5 * columns, 5 * height, "Fine-tuning: accuracy by training time")
     grid = figure.subplots(height, columns, squeeze=False)
     for axes in grid.flat[len(panels) :]:
         axes.set_axis_off()
@@ -245,12 +245,12 @@ def accuracy_by_minutes(rows: Sequence[Mapping[str, float | str]], path: Path) -
         axes.set_xlabel("minutes")
         axes.set_ylabel("validation accuracy (%)")
         axes.set_xscale("log")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
         axes.xaxis.set_major_formatter("{x:g}")
         axes.minorticks_off()
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=7, loc="lower right")
+        axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(0, -0.13))
     _save(figure, path)
 
 

@@ -49,7 +49,17 @@ DEFAULTS: dict[str, Any] = {
     "flip": "alternating",
     "bias_lr_scale": 1.0,
 }
-EPOCHS = {"head": 10, "last": 5, "all": 3}
+# By what trains; an image that is shifted has no cached features.
+PARTS: dict[str, dict[str, Any]] = {
+    "head": {"epochs": 10},
+    "last": {"epochs": 5},
+    "all": {"epochs": 10, "translate": 2},
+}
+# Depthwise convolutions are so cheap that a frozen trunk saves little; all of them want to move.
+OWN: dict[str, dict[str, Any]] = {
+    "mobilenet_v3_small": {"unfreeze": "all", "lr": 3e-3, "stage_lr_scale": 1.0}
+}
+FROM_SCRATCH: dict[str, Any] = {"unfreeze": "all", "stage_lr_scale": 1.0}  # nothing to keep
 
 
 def parse(argv: list[str] | None) -> FineTuneConfig:
@@ -60,12 +70,13 @@ def parse(argv: list[str] | None) -> FineTuneConfig:
     """
     parser = cli.Parser(prog="finetune.py", description=__doc__)
     cli.add_flags(parser, FineTuneConfig)
-    given = DEFAULTS | vars(parser.parse_args(argv))
+    given = vars(parser.parse_args(argv))
+    arch = given.get("arch", FineTuneConfig.arch)
+    defaults = DEFAULTS | {"image_size": ARCHS[arch].image_size} | OWN.get(arch, {})
     if given.get("weights") == "none":
-        given.setdefault("unfreeze", "all")  # a random trunk is nothing to keep
-    given.setdefault("epochs", EPOCHS[given.get("unfreeze", "last")])
-    if given.get("image_size") is None:
-        given["image_size"] = ARCHS[given.get("arch", "resnet18")].image_size
+        defaults |= FROM_SCRATCH
+    unfreeze = given.get("unfreeze", defaults.get("unfreeze", FineTuneConfig.unfreeze))
+    given = defaults | PARTS[unfreeze] | given
     config = FineTuneConfig(**given)
     if config.weights not in ("imagenet", "none") and not Path(config.weights).is_file():
         raise ValueError(f"--weights {config.weights}: no such file; or imagenet, or none")

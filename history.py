@@ -1,6 +1,6 @@
 """The history of a training: a row of numbers an epoch, in history.csv and on the screen."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,19 @@ HEADER = (
 )
 
 
-def line(row: dict[str, Any], epochs: int) -> str:
-    """A row as text under `HEADER`; per cent, minutes since the training began and still to go."""
+def line(history: Sequence[dict[str, Any]], epochs: int, seconds_before: float = 0.0) -> str:
+    """The last row as text under `HEADER`; per cent, minutes since the training began and to go.
+
+    Args:
+        history: the rows so far.
+        epochs: of the whole training.
+        seconds_before: what of the first row's seconds was no epoch: features of a frozen trunk.
+    """
+    row = history[-1]
     val_loss = "-" if row["val_loss"] is None else f"{row['val_loss']:.4f}"
     val = "-" if row["val_accuracy"] is None else f"{100 * row['val_accuracy']:.2f} %"
-    left = row["seconds"] / row["epoch"] * (epochs - row["epoch"])
+    before = history[-2]["seconds"] if len(history) > 1 else seconds_before
+    left = (row["seconds"] - before) * (epochs - row["epoch"])
     return (
         f"{row['epoch']:>3}/{epochs:<3} {row['lr']:>8.1e} {row['train_loss']:>10.4f}"
         f" {100 * row['train_accuracy']:>6.2f} % {val_loss:>8} {val:>8}"

@@ -126,7 +126,7 @@ ARCHS = {
         edits={"features.36": nn.Identity, "avgpool": lambda: nn.AdaptiveAvgPool2d(1)},
     ),
     "resnet18": Architecture(torchvision.models.resnet18, features=512, image_size=80, **_RESNET),
-    "resnet50": Architecture(torchvision.models.resnet50, features=2048, **_RESNET),
+    "resnet50": Architecture(torchvision.models.resnet50, features=2048, image_size=80, **_RESNET),
     "mobilenet_v3_small": Architecture(
         torchvision.models.mobilenet_v3_small,
         head="classifier.3",

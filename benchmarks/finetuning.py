@@ -58,8 +58,8 @@ def train(flags: list[str], data_dir: Path) -> list[dict[str, Any]]:
 def full_runs(results_dir: Path) -> list[dict[str, Any]]:
     """Rows of the finished fine-tuning runs, by epoch, for the figure."""
     rows = []
-    for path in sorted(results_dir.glob("*/config.json")):
-        run = json.loads(path.read_text(encoding="utf-8"))
+    for path in sorted(results_dir.glob("*/test.json")):  # which a run writes last
+        run = json.loads(path.with_name("config.json").read_text(encoding="utf-8"))
         if run["arch"] in ARCHS:
             with open(path.with_name("history.csv"), newline="", encoding="utf-8") as file:
                 rows += [
@@ -99,10 +99,11 @@ def main() -> None:
         writer.writeheader()
         writer.writerows(rows)
         write_atomically(path, text.getvalue())
-    rows += full_runs(args.results_dir)
-    if not rows:
+    lines = [row | {"flags": f"{row['flags']} ({int(row['images']):,} images)"} for row in rows]
+    lines += full_runs(args.results_dir)
+    if not lines:
         parser.error("nothing tried yet: give --tries FLAGS ...")
-    figures.accuracy_by_minutes(rows, args.results_dir / "finetuning.png")
+    figures.accuracy_by_minutes(lines, args.results_dir / "finetuning.png")
 
 
 if __name__ == "__main__":

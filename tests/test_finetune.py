@@ -12,6 +12,7 @@ import compute
 import data
 import features
 import finetune
+import history
 import models
 from finetune import FineTuneConfig
 
@@ -169,7 +170,8 @@ def test_features_that_do_not_fit_in_memory_go_to_a_file_that_vanishes(
 
 
 def run(workplace, monkeypatch, *arguments):
-    monkeypatch.setattr(finetune, "EPOCHS", {"head": 2, "last": 1, "all": 1})
+    parts = {part: {"epochs": epochs} for part, epochs in (("head", 2), ("last", 1), ("all", 1))}
+    monkeypatch.setattr(finetune, "PARTS", parts)
     base = ["--arch", "mobilenet_v3_small", "--image-size", "32", "--batch-size", "64"]
     assert finetune.main([*base, "--precision", "fp32", "--limit", "128", *arguments]) == 0
 
@@ -213,7 +215,8 @@ def test_cache_changes_time_and_nothing_else(workplace, monkeypatch, lively_weig
     images = torch.from_numpy(data.cifar10(workplace / "data").test_images)
     losses, logits = [], []
     for name, extra in (("with", []), ("without", ["--no-cache"])):
-        start = ["--weights", lively_weights, "--dropout", "0"]
+        # Steps small enough that the rounding of the cached features is not blown up.
+        start = ["--weights", lively_weights, "--dropout", "0", "--lr", "3e-4"]
         run(workplace, monkeypatch, *start, "--unfreeze", unfreeze, "--run-name", name, *extra)
         history = rows(workplace / f"results/{name}/history.csv")
         losses.append([float(row["train_loss"]) for row in history])
@@ -225,10 +228,22 @@ def test_cache_changes_time_and_nothing_else(workplace, monkeypatch, lively_weig
     assert (logits[0] - logits[1]).abs().max() < 0.1 * between_images
 
 
-def test_weights_none_trains_everything_unless_told_otherwise():
-    assert finetune.parse(["--weights", "none"]).unfreeze == "all"
+def test_time_left_is_that_of_the_epochs_without_the_features():
+    numbers = dict.fromkeys(history.COLUMNS, 0.5)
+    first, second = (numbers | {"epoch": i, "seconds": 600 + 60 * i} for i in (1, 2))
+    assert history.line([first], 4, seconds_before=600).endswith(" 11:00    3:00")
+    assert history.line([first, second], 4, seconds_before=600).endswith(" 12:00    2:00")
+
+
+def test_defaults_follow_from_the_network_what_trains_and_where_it_begins():
+    last, every, scratch = map(
+        finetune.parse, ([], ["--unfreeze", "all"], ["--weights", "none", "--epochs", "4"])
+    )
+    assert (last.unfreeze, last.epochs, last.translate) == ("last", 5, 0)
+    assert (every.epochs, every.translate) == (10, 2)
+    assert (scratch.unfreeze, scratch.epochs, scratch.stage_lr_scale) == ("all", 4, 1.0)
     assert finetune.parse(["--weights", "none", "--unfreeze", "head"]).unfreeze == "head"
-    assert finetune.parse([]).unfreeze == "last"
+    assert finetune.parse(["--arch", "mobilenet_v3_small"]).unfreeze == "all"
 
 
 @pytest.mark.parametrize(
