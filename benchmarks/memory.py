@@ -1,7 +1,8 @@
-"""Peak memory of each job: a short run of every script in a process of its own.
+"""Peak memory and start-up of each job: a short run of every script in a process of its own.
 
-What counts is the largest resident size the kernel has seen (`ru_maxrss`). The data set lies in
-memory whole, whatever the limit; a frozen trunk's cached features come on top, as a run says.
+What counts is the largest resident size the kernel has seen (`ru_maxrss`), and the seconds from the
+command to the first training step. The CNN is trained on all images; fine-tuning runs on some, so
+that the cached features of a frozen trunk come on top, whose size a run says.
 """
 
 import argparse
@@ -9,6 +10,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -16,32 +18,39 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 
 from files import write_json
+from history import HEADER
 from models import ARCHS
 from records import environment
+from train_custom import RECIPES
 
 ROOT = Path(__file__).parent.parent
-SHORT = ("--epochs", "1", "--limit", "2000")
+SHORT = ("--epochs", "1")
+SOME = ("--limit", "2000", "--weights", "none", "--unfreeze", "last")
 JOBS = {
-    "train_custom.py, modern": ("train_custom.py", *SHORT),
-    "train_custom.py, classic": ("train_custom.py", "--recipe", "classic", *SHORT),
     **{
-        f"finetune.py, {arch}": ("finetune.py", "--arch", arch, "--weights", "none", *SHORT)
-        for arch in ARCHS
+        f"train_custom.py, {recipe}": ("train_custom.py", "--recipe", recipe, *SHORT)
+        for recipe in RECIPES
     },
+    **{f"finetune.py, {arch}": ("finetune.py", "--arch", arch, *SHORT, *SOME) for arch in ARCHS},
 }
 
 
-def peak(arguments: tuple[str, ...], data_dir: Path) -> int:
-    """Runs a script in an empty folder; returns the bytes it held at most."""
+def run(arguments: tuple[str, ...], data_dir: Path) -> dict[str, float]:
+    """Runs a script in an empty folder; returns the bytes it held at most, and its start-up."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(ROOT / arguments[0]), *arguments[1:]]
+        begin = time.perf_counter()
         process = subprocess.Popen(
-            [*command, "--data-dir", str(data_dir)], cwd=folder, stdout=subprocess.DEVNULL
+            [*command, "--data-dir", str(data_dir)], cwd=folder, stdout=subprocess.PIPE, text=True
         )
+        for line in process.stdout:
+            if line.rstrip("\n") == HEADER:  # which the first step follows
+                seconds = time.perf_counter() - begin
         _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise SystemExit(f"{' '.join(command)}: exit code {os.waitstatus_to_exitcode(status)}")
-    return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return {"peak_bytes": peak, "startup_seconds": round(seconds, 2)}
 
 
 def main() -> None:
@@ -52,10 +61,11 @@ def main() -> None:
     args = parser.parse_args()
     rows = {}
     for name, arguments in JOBS.items():
-        rows[name] = peak(arguments, args.data_dir.resolve())
-        print(f"{name:<34} {rows[name] / 1e9:.2f} GB", flush=True)
+        rows[name] = run(arguments, args.data_dir.resolve())
+        peak, seconds = rows[name].values()
+        print(f"{name:<34} {peak / 1e9:.2f} GB, first step after {seconds:.1f} s", flush=True)
     if args.output:
-        content = {"environment": environment(torch.device("cpu")), "peak_bytes": rows}
+        content = {"environment": environment(torch.device("cpu")), "jobs": rows}
         write_json(args.output, content)
 
 
