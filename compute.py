@@ -135,7 +135,7 @@ def predict(
     mean: list[float],
     std: list[float],
     *,
-    batch_size: int = 500,
+    batch_size: int = 250,
     precision: str = "fp32",
     tta: str = "none",
 ) -> tuple[Tensor, Tensor]:

@@ -4,10 +4,32 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
 ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU}
+
+
+class Whitening(nn.Module):
+    """A fixed change of basis of the input that makes its patches white, as images' are not.
+
+    It is to patches what the division by the standard deviation is to channels: measured on the
+    training images (`initialization.whiten`), kept with the checkpoint, nothing in it trains.
+
+    Args:
+        side: of the square patches, pixels.
+    """
+
+    def __init__(self, side: int):
+        super().__init__()
+        # Both signs of each direction: the activation that follows would lose half of one.
+        self.register_buffer("filters", torch.zeros(2 * 3 * side**2, 3, side, side))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps normalised images (B, 3, H, W) to (B, 6 side^2, H - side + 1, W - side + 1)."""
+        return F.conv2d(x, self.filters)
 
 
 class CustomCNN(nn.Module):
@@ -26,6 +48,7 @@ class CustomCNN(nn.Module):
         hidden: widths of the first two linear layers.
         num_classes: width of the third.
         activation: "relu" or "gelu".
+        whitened: side of the patches that are whitened before the first convolution; 0 for none.
     """
 
     def __init__(
@@ -35,16 +58,19 @@ class CustomCNN(nn.Module):
         hidden: tuple[int, int] = (256, 128),
         num_classes: int = 10,
         activation: str = "relu",
+        whitened: int = 0,
     ):
         super().__init__()
         act = ACTIVATIONS[activation]
-        layers: list[nn.Module] = []
-        for number, (before, width) in enumerate(zip((3, *widths), widths, strict=False), start=1):
-            layers.append(nn.Conv2d(before, width, 3, padding=1, bias=False))
+        layers: list[nn.Module] = [Whitening(whitened), act()] if whitened else []
+        channels = 6 * whitened**2 or 3
+        for number, width in enumerate(widths, start=1):
+            layers.append(nn.Conv2d(channels, width, 3, padding=1, bias=False))
+            channels = width
             if number in pool_after:
                 layers.append(nn.MaxPool2d(2))
             layers += [nn.BatchNorm2d(width), act()]
-        self.features = nn.Sequential(*layers)  # (B, 3, 32, 32) -> (B, widths[-1], 4, 4)
+        self.features = nn.Sequential(*layers)  # (B, 3, 32, 32) -> (B, widths[-1], 4, 4), or 3, 3
         self.pool = nn.AdaptiveMaxPool2d(1)  # -> (B, widths[-1], 1, 1)
         first, second = hidden
         self.head = nn.Sequential(
@@ -62,14 +88,14 @@ class CustomCNN(nn.Module):
         return self.head(self.pool(self.features(x)).flatten(1))
 
 
-# The second convolution sees all 32x32 pixels, but few channels of them; the wide ones see maps of
-# 16, 8, 8 and 4 pixels, the widest the smallest. That makes 175 million multiplications an image,
-# 4.5 times the tutorial shape's, for a far better network. 24 filters are the twelve strongest
-# directions of 3x3 colour patches with both signs: the other fifteen hold 0.4 % of the variance.
+# The pool stands early in each pair: the wide convolutions see maps of 15, 7, 7 and 3 pixels, the
+# widest the smallest. That makes 143 million multiplications an image, 3.7 times the tutorial
+# shape's, for a far better network. The 24 whitened channels are all directions of 2x2 patches.
 MODERN = {
-    "widths": (24, 64, 256, 256, 384, 512),
-    "pool_after": (2, 3, 5),
+    "widths": (64, 64, 256, 256, 384, 512),
+    "pool_after": (1, 3, 5),
     "activation": "gelu",
+    "whitened": 2,
 }
 
 

@@ -31,10 +31,10 @@ from train_custom import RECIPES
 # What replaces an ingredient: a setting of the recipe, of the network, or a step of the start.
 VARIANTS: dict[str, dict[str, Any]] = {
     "everything": {},
-    "random first convolution, which trains": {"without": "whiten"},
-    "random start of the others": {"without": "begin_as_identity"},
+    "no whitening": {"without": "whiten", "whitened": 0},
+    "random start": {"without": "begin_as_identity"},
     "BatchNorm scales that train": {"without": "fix_batchnorm_scales"},
-    "first pool before the second convolution": {"pool_after": (1, 3, 5)},
+    "pools at the end of each pair": {"pool_after": (2, 4, 6)},
     "ReLU instead of GELU": {"activation": "relu"},
     "biases at the rate of the weights": {"bias_lr_scale": 1.0},
     "weight decay 0.05": {"weight_decay": 0.05},
@@ -51,7 +51,7 @@ def start(splits: Splits, surgery: dict[str, Any], without: str | None) -> torch
     model = create_model("custom_cnn", surgery)
     x = normalize(splits.train.images[:5000].cpu(), splits.mean, splits.std)
     steps = {
-        "whiten": lambda: initialization.whiten(model, x),
+        "whiten": lambda: initialization.whiten(model.features[0], x),
         "begin_as_identity": lambda: initialization.begin_as_identity(model),
         "fix_batchnorm_scales": lambda: initialization.fix_batchnorm_scales(model),
     }
