@@ -241,7 +241,8 @@ def cifar10(data_dir: Path, sources: Sequence[Source] = SOURCES) -> Cifar10:
 
     Raises:
         FileNotFoundError: no source had it; the message says why and where to put it by hand.
-        OSError: `data_dir` cannot be written.
+        ValueError: `data_dir` may not be written.
+        OSError: writing failed otherwise, as on a full disk.
     """
     cache = data_dir / "cifar10.npz"
     with suppress(FileNotFoundError, NotADirectoryError, ValueError):  # damage is told once, below

@@ -33,7 +33,7 @@ def parser() -> cli.Parser:
     add("--predict", nargs="+", type=Path, metavar="PATH", help="classify pictures or folders")
     add("--data-dir", type=Path, default=Path("data"), help="where CIFAR-10 is kept")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
-    add("--batch-size", type=int, default=500, help="images of 32x32 pixels at a time")
+    add("--batch-size", type=int, default=250, help="images of 32x32 pixels at a time")
     add("--checkpoint-dir", type=Path, default=Path("checkpoints"), help="where weights are")
     add("--results-dir", type=Path, default=Path("results"), help="where numbers and pictures go")
     return parser

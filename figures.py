@@ -29,7 +29,8 @@ def curves(history: Sequence[Mapping[str, float | str]], path: Path, title: str)
     """Loss, accuracy and learning rate by epoch, as the rows of `history.csv` hold them.
 
     Training figures come from augmented images and from weights that still move within the epoch,
-    which is why they may lie below validation.
+    which is why they may lie below validation; the loss is the one that is minimised, label
+    smoothing included, which validation's is not.
 
     Args:
         history: a row per epoch, one at least; fractions. Values that are absent, empty or NaN

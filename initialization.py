@@ -7,7 +7,7 @@ from models import CustomCNN, Whitening
 
 
 def initialize_from_images(model: CustomCNN, x: Tensor) -> None:
-    """Lets the network whiten image patches, and all that follows begin by passing them on.
+    """Fits the whitening, and lets every layer after it begin by passing its input on.
 
     Args:
         model: a network with a `Whitening`.
@@ -23,14 +23,15 @@ def whiten(layer: Whitening, x: Tensor, eps: float = 5e-4) -> None:
 
     Args:
         layer: changed in place.
-        x: normalised images (N, 3, H, W).
+        x: normalised images (N, 3, H, W); their mean is taken to be 0.
         eps: added to the eigenvalues, so that the noise in the weakest directions stays small.
     """
-    half, side = len(layer.filters) // 2, layer.filters.shape[-1]
-    covariance, count = torch.zeros(half, half, dtype=torch.float64), 0
+    side = layer.filters.shape[-1]
+    size = 3 * side**2
+    covariance, count = torch.zeros(size, size, dtype=torch.float64), 0
     for part in x.split(500):
         patches = part.unfold(2, side, 1).unfold(3, side, 1).permute(0, 2, 3, 1, 4, 5)
-        patches = patches.reshape(-1, half)
+        patches = patches.reshape(-1, size)
         covariance += (patches.T @ patches).double()
         count += len(patches)
     eigenvalues, vectors = torch.linalg.eigh(covariance / count)

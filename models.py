@@ -13,10 +13,11 @@ ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU}
 
 
 class Whitening(nn.Module):
-    """A fixed change of basis of the input that makes its patches white, as images' are not.
+    """Rotates and scales the input's patches so that their values are uncorrelated; never trains.
 
     It is to patches what the division by the standard deviation is to channels: measured on the
-    training images (`initialization.whiten`), kept with the checkpoint, nothing in it trains.
+    training images (`initialization.whiten`) and kept with the checkpoint. Until it is measured,
+    the patches come out as they are.
 
     Args:
         side: of the square patches, pixels.
@@ -25,7 +26,8 @@ class Whitening(nn.Module):
     def __init__(self, side: int):
         super().__init__()
         # Both signs of each direction: the activation that follows would lose half of one.
-        self.register_buffer("filters", torch.zeros(2 * 3 * side**2, 3, side, side))
+        directions = torch.eye(3 * side**2).reshape(-1, 3, side, side)
+        self.register_buffer("filters", torch.cat([directions, -directions]))
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps normalised images (B, 3, H, W) to (B, 6 side^2, H - side + 1, W - side + 1)."""
@@ -48,7 +50,8 @@ class CustomCNN(nn.Module):
         hidden: widths of the first two linear layers.
         num_classes: width of the third.
         activation: "relu" or "gelu".
-        whitened: side of the patches that are whitened before the first convolution; 0 for none.
+        whitened: side of the patches that a fixed layer, with an activation of its own, whitens
+            before the nine layers; 0 for none.
     """
 
     def __init__(
@@ -63,14 +66,14 @@ class CustomCNN(nn.Module):
         super().__init__()
         act = ACTIVATIONS[activation]
         layers: list[nn.Module] = [Whitening(whitened), act()] if whitened else []
-        channels = 6 * whitened**2 or 3
+        channels = 6 * whitened**2 if whitened else 3
         for number, width in enumerate(widths, start=1):
             layers.append(nn.Conv2d(channels, width, 3, padding=1, bias=False))
             channels = width
             if number in pool_after:
                 layers.append(nn.MaxPool2d(2))
             layers += [nn.BatchNorm2d(width), act()]
-        self.features = nn.Sequential(*layers)  # (B, 3, 32, 32) -> (B, widths[-1], 4, 4), or 3, 3
+        self.features = nn.Sequential(*layers)  # (B, 3, 32, 32) -> (B, widths[-1], 4, 4)
         self.pool = nn.AdaptiveMaxPool2d(1)  # -> (B, widths[-1], 1, 1)
         first, second = hidden
         self.head = nn.Sequential(
@@ -90,7 +93,7 @@ class CustomCNN(nn.Module):
 
 # The pool stands early in each pair: the wide convolutions see maps of 15, 7, 7 and 3 pixels, the
 # widest the smallest. That makes 143 million multiplications an image, 3.7 times the tutorial
-# shape's, for a far better network. The 24 whitened channels are all directions of 2x2 patches.
+# shape's, for a far better network. A 2x2 colour patch has twelve directions: 24 channels.
 MODERN = {
     "widths": (64, 64, 256, 256, 384, 512),
     "pool_after": (1, 3, 5),

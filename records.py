@@ -16,6 +16,7 @@ import torchvision
 from torch import Tensor, nn
 
 import checkpoint
+import cli
 import metrics
 import reports
 from compute import predict
@@ -38,7 +39,7 @@ def identity(described: dict[str, Any]) -> dict[str, Any]:
     """What a result depends on besides settings and code."""
     environment = described["environment"]
     return {
-        "start_weights": described["start_weights"],
+        **{key: described[key] for key in ("surgery", "start_weights")},
         **{key: environment[key] for key in ("device", "hardware", "torch", "threads")},
     }
 
@@ -187,11 +188,12 @@ def finish(
     )
     reports.write_results_readme(run.results_dir.parent)
     checkpoint.remove_state(run.state_path)
+    pictures = [str(run.checkpoint_path), "--predict", "photo.jpg"]
     print(
         f"test accuracy {100 * report['top1']:.2f} %, averaged over views ({tta}) "
         f"{100 * report['top1_tta']:.2f} % ({report['n']:,} images, read once)\n"
         f"weights  {run.checkpoint_path}\nresults  {run.results_dir}/\n"
-        f"next     python evaluate.py {run.checkpoint_path} --predict photo.jpg"
+        f"next     {cli.command_line('evaluate.py', pictures)}"
     )
 
 

@@ -13,11 +13,12 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 
+import train_custom
 from benchmarks.throughput import our_steps, rate
 from compute import choose_precision, select_device
-from data import Augmentation, TrainBatches, load_splits
+from data import load_splits
 from files import write_json
-from models import ARCHS, MODERN, create_model
+from models import ARCHS, create_model
 from records import environment
 
 BATCH_SIZES = (32, 64, 128, 256, 512, 1024, 2048)
@@ -35,26 +36,25 @@ def main() -> None:
     args = parser.parse_args()
     device = select_device(args.device)
     splits = load_splits(args.data_dir, val_fraction=0, limit=None, seed=0, device=device)
-    cases = [("custom_cnn", MODERN, size) for size in BATCH_SIZES]
-    for name, row in ARCHS.items():
-        cases.append((name, {"image_size": row.image_size}, ARCH_BATCH_SIZE))
+    cases = [("custom_cnn", 32, size) for size in BATCH_SIZES]
+    cases += [(name, row.image_size, ARCH_BATCH_SIZE) for name, row in ARCHS.items()]
     rows, running = [], []
-    for name, surgery, batch_size in cases:
-        augmentation = Augmentation("alternating", translate=2)
-        batches = TrainBatches(
-            splits.train, batch_size, splits.mean, splits.std, augmentation, seed=0
-        )
-        model = create_model(name, surgery).to(device, memory_format=torch.channels_last)
+    for name, image_size, batch_size in cases:
+        config = train_custom.parse(["--batch-size", str(batch_size)])
+        model, batches = train_custom.begin(config, splits, device)
+        if name in ARCHS:
+            model = create_model(name, {"image_size": image_size})
+            model = model.to(device, memory_format=torch.channels_last)
         precision, _ = choose_precision("auto", model, next(batches.epoch(0)), device)
         rows.append(
             {
                 "network": name,
-                "image_size": surgery.get("image_size", 32),
+                "image_size": image_size,
                 "batch_size": batch_size,
                 "precision": precision,
             }
         )
-        running.append(our_steps(batches, model, precision))
+        running.append(our_steps(batches, model, config, precision))
     rates: list[list[float]] = [[] for _ in rows]
     for _ in range(args.turns):
         for values, row, steps in zip(rates, rows, running, strict=True):

@@ -3,8 +3,9 @@
 Both sides train the same network at the same batch size in one process, a few steps in turn, so
 that a machine that slows down slows both. The plain side is what most repositories do: a dataset of
 PIL images, ToTensor, Normalize and RandomHorizontalFlip sample by sample, a DataLoader with two
-workers, float32. Images/s are medians over the turns; FLOP/s count six operations for each
-multiplication of a convolution or linear layer (forward, and twice that backward).
+workers, float32. Images/s are medians over the turns; FLOP/s count two operations for each
+multiplication of a convolution or linear layer, forward and, for the gradients of weights and of
+inputs, twice more; the first layer's input needs no gradient.
 """
 
 import argparse
@@ -24,15 +25,13 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 import engine
+import train_custom
 from compute import choose_precision, now, select_device, train_mode
 from config import TrainConfig
-from data import Augmentation, Split, TrainBatches, load_splits
+from data import Split, TrainBatches, load_splits
 from files import write_json
-from models import MODERN, create_model
+from models import create_model
 from records import environment
-from train_custom import RECIPES
-
-NETWORKS = {"classic": {}, "modern": MODERN}
 
 
 class Pictures(Dataset):
@@ -69,9 +68,10 @@ def plain_steps(
             yield len(labels)
 
 
-def our_steps(batches: TrainBatches, model: nn.Module, precision: str) -> Iterator[int]:
+def our_steps(
+    batches: TrainBatches, model: nn.Module, config: TrainConfig, precision: str
+) -> Iterator[int]:
     """The steps of `engine.fit` without its files; yields the images of each."""
-    config = TrainConfig(**RECIPES["modern"])
     optimizer = engine.make_optimizer(engine.parameter_groups(model, config), config)
     train_mode(model)
     epoch = 0
@@ -89,21 +89,26 @@ def rate(steps: Iterator[int], number: int, device: torch.device) -> float:
     return images / (now(device) - begin)
 
 
-def multiplications(model: nn.Module) -> int:
-    """Multiplications of convolutions and linear layers for one 32x32 image."""
-    total = 0
+def multiplications(model: nn.Module) -> list[int]:
+    """Multiplications of each convolution and linear layer for one 32x32 image, in order."""
+    counts = []
 
     def count(module: nn.Module, inputs: object, output: Tensor) -> None:
-        nonlocal total
         positions = output[0].numel() // output.shape[1]
-        total += positions * module.weight.numel()
+        counts.append(positions * module.weight.numel())
 
     layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     hooks = [layer.register_forward_hook(count) for layer in layers]
     model.eval()(torch.zeros(1, 3, 32, 32, device=next(model.parameters()).device))
     for hook in hooks:
         hook.remove()
-    return total
+    return counts
+
+
+def step_flop(model: nn.Module) -> int:
+    """Floating-point operations of a training step for each image."""
+    first, *others = multiplications(model)
+    return 4 * first + 6 * sum(others)
 
 
 def matrix_rate(dtype: torch.dtype, device: torch.device, size: int = 4096) -> float:
@@ -134,22 +139,17 @@ def main() -> None:
         for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
     }
     rows = []
-    for name, surgery in NETWORKS.items():
-        statistics_ = splits.mean, splits.std
-        augmentation = Augmentation("alternating", translate=2)
-        batches = TrainBatches(splits.train, args.batch_size, *statistics_, augmentation, seed=0)
-        model = create_model("custom_cnn", surgery).to(device, memory_format=torch.channels_last)
+    for name in train_custom.RECIPES:
+        config = train_custom.parse(["--recipe", name, "--batch-size", str(args.batch_size)])
+        model, batches = train_custom.begin(config, splits, device)
         precision, _ = choose_precision("auto", model, next(batches.epoch(0)), device)
-        flop = 6 * multiplications(model)
+        flop = step_flop(model)
+        plain = create_model("custom_cnn", train_custom.SURGERY[name])
         sides = {
             "plain": plain_steps(
-                splits.train,
-                *statistics_,
-                create_model("custom_cnn", surgery),
-                args.batch_size,
-                device,
+                splits.train, splits.mean, splits.std, plain, args.batch_size, device
             ),
-            "ours": our_steps(batches, model, precision),
+            "ours": our_steps(batches, model, config, precision),
         }
         for steps in sides.values():
             rate(steps, 2, device)
@@ -166,7 +166,7 @@ def main() -> None:
         rows.append(
             {
                 "network": name,
-                "multiplications": flop // 6,
+                "multiplications": sum(multiplications(model)),
                 "precision": precision,
                 "plain_images_per_second": round(medians["plain"], 1),
                 "our_images_per_second": round(medians["ours"], 1),

@@ -1,7 +1,9 @@
 """What two trainings at once cost each other, by the waiting policy of the OpenMP threads.
 
 Threads that spin while they wait take a core from the other process; threads that sleep take long
-to wake. Each line gives images/s of one training alone, then of two side by side.
+to wake. Each line gives images/s of one training alone, then of two side by side. How the kernel
+happens to place the four threads decides much, so that the policies are measured in turn, several
+times.
 """
 
 import argparse
@@ -25,16 +27,17 @@ POLICIES = {
 }
 CHILD = """
 import sys, time
+from pathlib import Path
 sys.path.insert(0, {root!r})
 import torch
+import train_custom
 from benchmarks.throughput import our_steps
-from data import Augmentation, Split, TrainBatches
-from models import MODERN, create_model
-images = torch.randint(0, 256, (4096, 32, 32, 3), dtype=torch.uint8)
-split = Split(images, torch.randint(0, 10, (4096,)))
-batches = TrainBatches(split, 256, [0.5] * 3, [0.25] * 3, Augmentation("random", 2), 0)
-model = create_model("custom_cnn", MODERN).to(memory_format=torch.channels_last)
-steps = our_steps(batches, model, "bf16")
+from data import load_splits
+device = torch.device("cpu")
+splits = load_splits(Path({data!r}), val_fraction=0, limit=10000, seed=0, device=device)
+config = train_custom.parse([])
+model, batches = train_custom.begin(config, splits, device)
+steps = our_steps(batches, model, config, "bf16")
 for _ in range(3):
     next(steps)
 begin, count = time.perf_counter(), 0
@@ -44,9 +47,10 @@ print(count / (time.perf_counter() - begin))
 """
 
 
-def rates(number: int, policy: dict[str, str], seconds: float) -> list[float]:
+def rates(number: int, policy: dict[str, str], args: argparse.Namespace) -> list[float]:
     """Images/s of that many trainings at once."""
-    code = CHILD.format(root=str(Path(__file__).parent.parent), seconds=seconds)
+    root = str(Path(__file__).parent.parent)
+    code = CHILD.format(root=root, data=str(args.data_dir.resolve()), seconds=args.seconds)
     command = [sys.executable, "-c", code]
     children = [
         subprocess.Popen(command, env=os.environ | policy, stdout=subprocess.PIPE, text=True)
@@ -58,13 +62,17 @@ def rates(number: int, policy: dict[str, str], seconds: float) -> list[float]:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=15, help="of each measurement")
+    parser.add_argument("--seconds", type=float, default=8, help="of each measurement")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--data-dir", type=Path, default=Path("data"))
     parser.add_argument("--output", type=Path, help="write the figures to this json")
     args = parser.parse_args()
-    rows = {}
-    for name, policy in POLICIES.items():
-        rows[name] = {number: rates(number, policy, args.seconds) for number in (1, 2)}
-        print(f"{name:<24} alone {rows[name][1]}, two at once {rows[name][2]}", flush=True)
+    rows = []
+    for round_ in range(args.rounds):
+        for name, policy in POLICIES.items():
+            alone, both = (rates(number, policy, args) for number in (1, 2))
+            rows.append({"policy": name, "round": round_, "alone": alone[0], "both": both})
+            print(f"{name:<24} alone {alone[0]}, two at once {both}", flush=True)
     if args.output:
         content = {"environment": environment(torch.device("cpu")), "images_per_second": rows}
         write_json(args.output, content)

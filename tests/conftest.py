@@ -52,7 +52,11 @@ def run_python(code: str, cwd: Path) -> str:
     launch = LAUNCH.split("{before}")[0] + "{before}"
     code = launch.format(root=str(ROOT), tests=str(ROOT / "tests"), before=code)
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, timeout=300
+        [sys.executable, "-W", "error", "-c", code],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()[-1]
@@ -61,7 +65,7 @@ def run_python(code: str, cwd: Path) -> str:
 def start(script: str, *arguments: str, cwd: Path, before: str = "") -> subprocess.Popen:
     code = LAUNCH.format(root=str(ROOT), tests=str(ROOT / "tests"), before=before, script=script)
     return subprocess.Popen(
-        [sys.executable, "-c", code, *arguments],
+        [sys.executable, "-W", "error", "-c", code, *arguments],
         cwd=cwd,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

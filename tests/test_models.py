@@ -40,10 +40,17 @@ def test_layers_begin_by_passing_their_input_through(sample):
     model = models.create_model("custom_cnn", models.MODERN)
     x = data.normalize(torch.from_numpy(sample["train_images"][:64]), [0.5] * 3, [0.25] * 3)
     initialization.initialize_from_images(model, x)
-    features, pooled = torch.randn(1, 24, 8, 8), torch.randn(2, 512)
-    torch.testing.assert_close(model.features[2](features)[:, :24], features)
-    torch.testing.assert_close(model.head[0](pooled), pooled[:, :256])
-    torch.testing.assert_close(model.head[3](pooled[:, :256]), pooled[:, :128])
+    whitening, *convs = (m for m in model.features if isinstance(m, models.Whitening | nn.Conv2d))
+    fitted = models.Whitening(2)
+    initialization.whiten(fitted, x)
+    assert torch.equal(whitening.filters, fitted.filters)
+    for conv in convs:
+        features = torch.randn(1, conv.in_channels, 8, 8)
+        torch.testing.assert_close(conv(features)[:, : conv.in_channels], features)
+    for linear in (model.head[0], model.head[3]):
+        pooled = torch.randn(2, linear.in_features)
+        torch.testing.assert_close(linear(pooled), pooled[:, : linear.out_features])
+    assert models.num_parameters(model)["trainable"] == 3_609_226  # all but BatchNorm's scales
 
 
 def test_unknown_architecture_and_settings_are_refused():
