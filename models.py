@@ -100,6 +100,8 @@ MODERN = {
     "activation": "gelu",
     "whitened": 2,
 }
+# The same shape with 1.7 times the multiplications, 240 million an image: the `best` recipe's.
+WIDE = MODERN | {"widths": (96, 96, 320, 320, 512, 512)}
 
 
 @dataclass(frozen=True)

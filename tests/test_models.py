@@ -7,7 +7,7 @@ import initialization
 import models
 
 
-@pytest.mark.parametrize("surgery", [{}, models.MODERN])
+@pytest.mark.parametrize("surgery", [{}, models.MODERN, models.WIDE])
 def test_custom_cnn_has_six_padded_convolutions_with_batchnorm_and_three_linear_layers(surgery):
     model = models.create_model("custom_cnn", surgery)
     convs = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
@@ -20,9 +20,9 @@ def test_custom_cnn_has_six_padded_convolutions_with_batchnorm_and_three_linear_
 def test_parameter_counts():
     counts = [
         models.num_parameters(models.create_model("custom_cnn", surgery))["total"]
-        for surgery in ({}, models.MODERN)
+        for surgery in ({}, models.MODERN, models.WIDE)
     ]
-    assert counts == [355_050, 3_611_146]
+    assert counts == [355_050, 3_611_146, 5_305_226]
 
 
 def test_whitening_makes_the_channels_of_real_patches_uncorrelated_and_never_trains(sample):
