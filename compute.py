@@ -3,6 +3,7 @@
 import copy
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -47,23 +48,36 @@ def choose_precision(
         return wanted, f"precision {wanted}: as asked"
     if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         return "fp32", "precision fp32: this GPU has no bf16"
-    x, labels = (tensor[:64] for tensor in batch)
+    cpu = device.type == "cpu"
+    x, labels = (tensor[:32] for tensor in batch) if cpu else batch
     rates = {}
-    random_state = torch.get_rng_state()  # dropout is not to depend on whether this was measured
-    for precision in ("fp32", "bf16"):
-        probe = copy.deepcopy(model)
-        train_mode(probe)
-        times = []
-        for _ in range(3):  # the first one chooses kernels and allocates
-            begin = now(device)
-            F.cross_entropy(forward(probe, x, precision), labels).backward()
-            times.append(now(device) - begin)
-        rates[precision] = len(x) / min(times)
-    torch.set_rng_state(random_state)
+    # Dropout is not to depend on whether this was measured.
+    with torch.random.fork_rng([] if cpu else [device]), _one_thread():
+        for precision in ("fp32", "bf16"):
+            probe = copy.deepcopy(model)
+            train_mode(probe)
+            times = []
+            for _ in range(3):  # the first one chooses kernels and allocates
+                begin = now(device)
+                F.cross_entropy(forward(probe, x, precision), labels).backward()
+                times.append(now(device) - begin)
+            rates[precision] = len(x) / min(times)
     # Near a tie the stopwatch must not decide: the same command is to give the same weights.
     best = "bf16" if rates["bf16"] > 1.2 * rates["fp32"] else "fp32"
     measured = ", ".join(f"{name} {rate:,.0f}" for name, rate in rates.items())
-    return best, f"precision {best}: measured {measured} images/s (bf16 must gain a fifth)"
+    unit = "images/s a core" if cpu else "images/s"
+    return best, f"precision {best}: {measured} {unit} (bf16 must gain a fifth)"
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Beside another load, several threads would show how long they wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def settle_precision(

@@ -2,6 +2,7 @@ import csv
 import json
 import signal
 
+import numpy as np
 import pytest
 import torch
 from conftest import start
@@ -228,6 +229,14 @@ def test_prediction_covers_the_last_partial_batch_and_keeps_order(sample):
     torch.testing.assert_close(averaged, (whole + mirrored) / 2)
 
 
+def test_crops_are_the_image_and_two_moved_by_a_pixel_each_with_its_mirror_image():
+    x = torch.randn(2, 3, 32, 32)
+    padded = np.pad(x.numpy(), ((0, 0), (0, 0), (1, 1), (1, 1)), mode="reflect")
+    moved = [padded[:, :, start : start + 32, start : start + 32] for start in (1, 0, 2)]
+    expected = [view for each in moved for view in (each, each[..., ::-1])]
+    np.testing.assert_array_equal(list(compute.views(x, "crops")), expected)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -258,12 +267,21 @@ def test_cuda_without_a_device_is_exit_code_2_and_says_what_torch_saw(workplace,
     assert f"torch {torch.__version__}" in capsys.readouterr().err
 
 
-def test_precision_is_measured_on_the_model_and_leaves_it_untouched():
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(3600, 10))
-    before = checkpoint.digest(dict(model.state_dict()))
+@pytest.mark.parametrize(("seconds", "best"), [(0.80, "bf16"), (0.86, "fp32")])
+def test_bf16_must_gain_a_fifth_and_measuring_it_leaves_no_trace(monkeypatch, seconds, best):
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.Dropout(0.5), nn.Flatten(), nn.Linear(3072, 10))
     batch = torch.randn(8, 3, 32, 32), torch.zeros(8, dtype=torch.int64)
-    precision, reason = compute.choose_precision("auto", model, batch, torch.device("cpu"))
-    assert precision in ("fp32", "bf16")
-    assert "images/s" in reason
-    assert checkpoint.digest(dict(model.state_dict())) == before
-    assert compute.choose_precision("bf16", model, batch, torch.device("cpu"))[0] == "bf16"
+
+    def state():
+        weights = checkpoint.digest(dict(model.state_dict()))
+        return weights, torch.get_rng_state().tolist(), torch.get_num_threads()
+
+    before = state()
+    times = iter([time for step in [1.0] * 3 + [seconds] * 3 for time in (0.0, step)])
+    monkeypatch.setattr(compute, "now", lambda device: next(times))
+    cpu = torch.device("cpu")
+    precision, reason = compute.choose_precision("auto", model, batch, cpu)
+    assert precision == best
+    assert "fp32 8" in reason
+    assert state() == before
+    assert compute.choose_precision("bf16", model, batch, cpu)[0] == "bf16"
