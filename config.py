@@ -77,11 +77,7 @@ class TrainConfig:
 
     def binding(self) -> dict[str, Any]:
         """The settings that can change a result, or where it is looked for: a resume keeps them."""
-        return {
-            entry.name: value
-            for entry, value in zip(dataclasses.fields(self), self.plain().values(), strict=True)
-            if not entry.metadata.get("harmless")
-        }
+        return {key: value for key, value in self.plain().items() if key not in HARMLESS}
 
 
 # Settings that say where and how often files are written, not what is computed.

@@ -39,13 +39,16 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, An
     function any simpler. Adam is the original project's: decay, coupled, on everything.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
-    if config.optimizer == "adam":
-        return [{"params": trained, "weight_decay": config.weight_decay, "lr_scale": 1.0}]
     matrices = [p for p in trained if p.ndim > 1]
     vectors = [p for p in trained if p.ndim == 1]
+    decay = config.weight_decay
     return [
-        {"params": matrices, "weight_decay": config.weight_decay, "lr_scale": 1.0},
-        {"params": vectors, "weight_decay": 0.0, "lr_scale": config.bias_lr_scale},
+        {"params": matrices, "weight_decay": decay, "lr_scale": 1.0},
+        {
+            "params": vectors,
+            "weight_decay": decay if config.optimizer == "adam" else 0.0,
+            "lr_scale": config.bias_lr_scale,
+        },
     ]
 
 
@@ -81,7 +84,7 @@ def train_step(
     precision: str,
     label_smoothing: float,
 ) -> tuple[Tensor, Tensor]:
-    """One optimiser step, which changes nothing where loss or gradient are not finite.
+    """One optimiser step, which updates no parameter where loss or gradient are not finite.
 
     Args:
         model: in training mode.

@@ -47,7 +47,6 @@ DEFAULTS: dict[str, Any] = {
     "label_smoothing": 0.1,
     "warmup": 0.1,
     "flip": "alternating",
-    "bias_lr_scale": 1.0,
 }
 # By what trains; an image that is shifted has no cached features.
 PARTS: dict[str, dict[str, Any]] = {
@@ -55,7 +54,7 @@ PARTS: dict[str, dict[str, Any]] = {
     "last": {"epochs": 5},
     "all": {"epochs": 10, "translate": 2},
 }
-# Depthwise convolutions are so cheap that a frozen trunk saves little; all of them want to move.
+# What it begins from need not be an ImageNet classifier: all of it wants to move.
 OWN: dict[str, dict[str, Any]] = {
     "mobilenet_v3_small": {"unfreeze": "all", "lr": 3e-3, "stage_lr_scale": 1.0}
 }

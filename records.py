@@ -107,7 +107,7 @@ def describe(
         for key, saved in run.state["identity"].items():
             if (here := identity(content)[key]) != saved:
                 message = f"the run was started with {key} {saved}, not {here}"
-                if key in ("start_weights", "device"):
+                if key in ("surgery", "start_weights", "device"):
                     raise ValueError(f"--resume: {message}; restore it or start another run")
                 print(f"warning: {message}; the last bits may differ", file=sys.stderr)
         with suppress(OSError, ValueError, KeyError):  # the command and day of the beginning

@@ -7,6 +7,7 @@ order and (where it can be) the first weights are equal.
 
 import argparse
 import dataclasses
+import json
 import statistics
 import sys
 import tempfile
@@ -31,7 +32,7 @@ from train_custom import RECIPES
 # What replaces an ingredient: a setting of the recipe, of the network, or a step of the start.
 VARIANTS: dict[str, dict[str, Any]] = {
     "everything": {},
-    "no whitening": {"without": "whiten", "whitened": 0},
+    "patches as they are, not whitened": {"without": "whiten"},
     "random start": {"without": "begin_as_identity"},
     "BatchNorm scales that train": {"without": "fix_batchnorm_scales"},
     "pools at the end of each pair": {"pool_after": (2, 4, 6)},
@@ -109,13 +110,14 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--data-dir", type=Path, default=Path("data"))
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--output", type=Path, help="write json here, and the table beside it")
+    parser.add_argument("--output", type=Path, help="add to this json, table beside it")
     args = parser.parse_args()
-    rows = []
-    for seed in range(args.seeds):
+    earlier = args.output and args.output.exists()
+    rows = json.loads(args.output.read_text())["rows"] if earlier else []
+    for seed in args.seeds:
         for name, change in VARIANTS.items():
             result = train(change, args.epochs, seed, args)
             rows.append({"variant": name, "epochs": args.epochs, "seed": seed, **result})

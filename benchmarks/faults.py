@@ -224,7 +224,8 @@ def main() -> None:
     if args.output:
         files.write_json(args.output, counts)
     bad = ("ended_badly", "broken_files", "differences", "exit_code_with_room")
-    sys.exit(any((part or {}).get(key) for part in counts.values() for key in bad))
+    never_full = (counts["full_disk"] or {"exit_code": 1})["exit_code"] != 1
+    sys.exit(never_full or any((part or {}).get(key) for part in counts.values() for key in bad))
 
 
 if __name__ == "__main__":

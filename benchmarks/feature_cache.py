@@ -28,7 +28,7 @@ def seconds(arch: str, cache: str, args: argparse.Namespace) -> float:
             [
                 *("--arch", arch, "--weights", "none", "--unfreeze", args.unfreeze, cache),
                 *("--epochs", str(args.epochs), "--limit", str(args.limit), "--val-fraction", "0"),
-                *("--precision", args.precision),
+                *("--precision", args.precision, "--device", "cpu"),
                 *("--data-dir", str(args.data_dir), "--checkpoint-dir", folder),
                 *("--results-dir", folder),
             ]

@@ -24,7 +24,7 @@ from records import environment
 from train_custom import RECIPES
 
 ROOT = Path(__file__).parent.parent
-SHORT = ("--epochs", "1")
+SHORT = ("--epochs", "1", "--device", "cpu")
 SOME = ("--limit", "2000", "--weights", "none", "--unfreeze", "last")
 JOBS = {
     **{

@@ -42,8 +42,8 @@ def main() -> None:
             checkpoint.save_state(path, state)
             times.append(time.perf_counter() - begin)
         size = path.stat().st_size
-    # A save at each epoch's end, and one every few minutes within an epoch.
-    saves = 1 + args.epoch_seconds / (60 * config.save_every)
+    # A save at each epoch's end, and within a long epoch one every few minutes.
+    saves = 1 + args.epoch_seconds // (60 * config.save_every)
     result = {
         "megabytes": round(size / 1e6, 1),
         "seconds_per_save": round(statistics.median(times), 3),

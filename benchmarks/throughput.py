@@ -156,13 +156,15 @@ def main() -> None:
         rates: dict[str, list[float]] = {side: [] for side in sides}
         for _ in range(args.turns):
             for side, steps in sides.items():
-                next(steps)  # workers that idled meanwhile have batches in store
+                for _ in range(4):  # workers that idled meanwhile have batches in store
+                    next(steps)
                 rates[side].append(rate(steps, args.steps, device))
+                time.sleep(1)  # and refill it now, not beside the other side
         medians = {side: statistics.median(values) for side, values in rates.items()}
-        begin = time.perf_counter()
+        begin = now(device)
         for _, _ in zip(range(20), batches.epoch(1), strict=False):
             pass
-        augmenting = (time.perf_counter() - begin) / 20
+        augmenting = (now(device) - begin) / 20
         rows.append(
             {
                 "network": name,

@@ -40,10 +40,15 @@ model, batches = train_custom.begin(config, splits, device)
 steps = our_steps(batches, model, config, "bf16")
 for _ in range(3):
     next(steps)
+print("ready", flush=True)
+input()  # until all are
 begin, count = time.perf_counter(), 0
 while time.perf_counter() - begin < {seconds}:
     count += next(steps)
-print(count / (time.perf_counter() - begin))
+print(count / (time.perf_counter() - begin), flush=True)
+end = time.perf_counter() + 2  # so that the other ends beside a load, too
+while time.perf_counter() < end:
+    next(steps)
 """
 
 
@@ -52,17 +57,20 @@ def rates(number: int, policy: dict[str, str], args: argparse.Namespace) -> list
     root = str(Path(__file__).parent.parent)
     code = CHILD.format(root=root, data=str(args.data_dir.resolve()), seconds=args.seconds)
     command = [sys.executable, "-c", code]
-    children = [
-        subprocess.Popen(command, env=os.environ | policy, stdout=subprocess.PIPE, text=True)
-        for _ in range(number)
-    ]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    children = [subprocess.Popen(command, env=os.environ | policy, **pipes) for _ in range(number)]
+    for child in children:
+        child.stdout.readline()
+    for child in children:
+        child.stdin.write("\n")
+        child.stdin.flush()
     return [round(float(child.communicate()[0]), 1) for child in children]
 
 
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=8, help="of each measurement")
+    parser.add_argument("--seconds", type=float, default=20, help="of each measurement")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--data-dir", type=Path, default=Path("data"))
     parser.add_argument("--output", type=Path, help="write the figures to this json")

@@ -26,7 +26,7 @@ def trained(workplace):
 def test_evaluation_repeats_the_numbers_of_the_training_on_all_test_images(trained, capsys):
     path = trained.parent.parent / "results/custom_cnn/test.json"
     before = json.loads(path.read_text())
-    assert evaluate.main([str(trained), "--tta", "flip", "--batch-size", "7"]) == 0
+    assert evaluate.main([str(trained), "--tta", "crops", "--batch-size", "7"]) == 0
     after = json.loads(path.read_text())
     for key in ("n", "top1", "top1_tta", "per_class", "checkpoint_sha256"):
         assert after[key] == before[key], key
