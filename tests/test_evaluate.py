@@ -1,9 +1,14 @@
 import json
+from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
+import checkpoint
+import compute
 import evaluate
+import metrics
 import train_custom
 
 
@@ -79,3 +84,12 @@ def test_what_is_no_checkpoint_is_one_line_and_exit_code_2(trained, tmp_path, ca
 def test_without_any_checkpoint_the_next_step_is_named(workplace, capsys):
     assert evaluate.main([]) == 2
     assert "train_custom.py" in capsys.readouterr().err
+
+
+def test_the_checkpoint_that_comes_with_the_repository_knows_real_images(sample):
+    path = Path(__file__).parent.parent / "checkpoints/custom_cnn.pt"
+    assert path.stat().st_size <= 8e6
+    model, saved = checkpoint.load_model(path)
+    images, labels = (torch.from_numpy(sample[key]) for key in ("test_images", "test_labels"))
+    logits, _ = compute.predict(model, images, saved["mean"], saved["std"])
+    assert metrics.top1(logits, labels.long()) > 0.9
