@@ -28,6 +28,7 @@ from history import TIMINGS
 from models import num_parameters
 from runs import Run
 
+CPU = torch.device("cpu")
 # What a checkpoint repeats of config.json.
 DESCRIBED = (
     *("name", "arch", "surgery", "command", "config", "start_weights", "precision"),
@@ -54,6 +55,16 @@ def environment(device: torch.device) -> dict[str, Any]:
         "torchvision": str(torchvision.__version__),
         "platform": f"{platform.system()} {platform.machine()}",
         "threads": torch.get_num_threads(),
+    }
+
+
+def measured(figures: dict[str, Any], device: torch.device = CPU) -> dict[str, Any]:
+    """A benchmark's figures after the command, day and machine they come from."""
+    return {
+        "command": cli.command_line(os.path.relpath(sys.argv[0]), None),
+        "date": date.today().isoformat(),
+        "environment": environment(device),
+        **figures,
     }
 
 

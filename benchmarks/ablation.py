@@ -26,7 +26,7 @@ from config import TrainConfig
 from data import Augmentation, Splits, TrainBatches, load_splits, normalize
 from files import write_atomically, write_json
 from models import MODERN, create_model
-from records import environment
+from records import measured
 from train_custom import RECIPES
 
 # What replaces an ingredient: a setting of the recipe, of the network, or a step of the start.
@@ -120,11 +120,11 @@ def main() -> None:
     for seed in args.seeds:
         for name, change in VARIANTS.items():
             result = train(change, args.epochs, seed, args)
-            rows.append({"variant": name, "epochs": args.epochs, "seed": seed, **result})
-            print(rows[-1], flush=True)
+            figures = {"variant": name, "epochs": args.epochs, "seed": seed, **result}
+            print(figures, flush=True)
+            rows.append(measured(figures, select_device(args.device)))
             if args.output:
-                content = {"environment": environment(select_device(args.device)), "rows": rows}
-                write_json(args.output, content)
+                write_json(args.output, {"rows": rows})
                 write_atomically(args.output.with_suffix(".md"), table(rows))
     print(table(rows))
 

@@ -26,6 +26,7 @@ import checkpoint
 import data
 import figures
 import files
+import records
 import train_custom
 from benchmarks.torture import outcome
 
@@ -222,7 +223,7 @@ def main() -> None:
     }
     print(f"full disk: {counts['full_disk']}")
     if args.output:
-        files.write_json(args.output, counts)
+        files.write_json(args.output, records.measured(counts))
     bad = ("ended_badly", "broken_files", "differences", "exit_code_with_room")
     never_full = (counts["full_disk"] or {"exit_code": 1})["exit_code"] != 1
     sys.exit(never_full or any((part or {}).get(key) for part in counts.values() for key in bad))

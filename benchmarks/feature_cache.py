@@ -13,12 +13,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import torch
-
 import finetune
 from files import write_json
 from models import ARCHS
-from records import environment
+from records import measured
 
 
 def seconds(arch: str, cache: str, args: argparse.Namespace) -> float:
@@ -62,9 +60,7 @@ def main() -> None:
         keys = ("arch", "unfreeze", "epochs", "limit", "precision")
         settings = {key: vars(args)[key] for key in keys}
         found = {"ratio": round(ratio, 3), "seconds": rounds}
-        write_json(
-            args.output, settings | found | {"environment": environment(torch.device("cpu"))}
-        )
+        write_json(args.output, measured(settings | found))
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ import downloads
 import files
 import models
 import pictures
+import records
 import tensorfile
 import weights
 from benchmarks.mutations import Code, compressed, damaged, rewritten, saved
@@ -256,7 +257,7 @@ def main() -> None:
     for kind, outcomes in results.items():
         print(f"{kind}: " + ", ".join(f"{name} {n}" for name, n in outcomes.items()))
     if args.output:
-        files.write_json(args.output, results)
+        files.write_json(args.output, records.measured(results))
     sys.exit(any(set(outcomes) - {"clear error", "correct"} for outcomes in results.values()))
 
 

@@ -15,12 +15,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import torch
-
 from files import write_json
 from history import HEADER
 from models import ARCHS
-from records import environment
+from records import measured
 from train_custom import RECIPES
 
 ROOT = Path(__file__).parent.parent
@@ -65,8 +63,7 @@ def main() -> None:
         peak, seconds = rows[name].values()
         print(f"{name:<34} {peak / 1e9:.2f} GB, first step after {seconds:.1f} s", flush=True)
     if args.output:
-        content = {"environment": environment(torch.device("cpu")), "jobs": rows}
-        write_json(args.output, content)
+        write_json(args.output, measured({"jobs": rows}))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from compute import train_mode
 from config import TrainConfig
 from files import write_json
 from models import MODERN, create_model
-from records import environment
+from records import measured
 from train_custom import RECIPES
 
 
@@ -49,11 +49,10 @@ def main() -> None:
         "seconds_per_save": round(statistics.median(times), 3),
         "epoch_seconds": args.epoch_seconds,
         "share_of_training": round(saves * statistics.median(times) / args.epoch_seconds, 5),
-        "environment": environment(torch.device("cpu")),
     }
     print(result)
     if args.output:
-        write_json(args.output, result)
+        write_json(args.output, measured(result))
 
 
 if __name__ == "__main__":

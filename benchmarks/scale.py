@@ -19,7 +19,7 @@ from compute import choose_precision, select_device
 from data import load_splits
 from files import write_json
 from models import ARCHS, create_model
-from records import environment
+from records import measured
 
 BATCH_SIZES = (32, 64, 128, 256, 512, 1024, 2048)
 ARCH_BATCH_SIZE = 128
@@ -64,7 +64,7 @@ def main() -> None:
         row["images_per_second"] = round(statistics.median(values), 1)
         print(", ".join(f"{key} {value}" for key, value in row.items()))
     if args.output:
-        write_json(args.output, {"environment": environment(device), "rows": rows})
+        write_json(args.output, measured({"rows": rows}, device))
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from config import TrainConfig
 from data import Split, TrainBatches, load_splits
 from files import write_json
 from models import create_model
-from records import environment
+from records import measured
 
 
 class Pictures(Dataset):
@@ -180,15 +180,9 @@ def main() -> None:
         )
         print(", ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
     if args.output:
-        write_json(
-            args.output,
-            {
-                "batch_size": args.batch_size,
-                "environment": environment(device),
-                "matrix_product_flop_per_second": {k: round(v) for k, v in peaks.items()},
-                "rows": rows,
-            },
-        )
+        rounded = {name: round(peak) for name, peak in peaks.items()}
+        figures = {"batch_size": args.batch_size, "matrix_product_flop_per_second": rounded}
+        write_json(args.output, measured(figures | {"rows": rows}, device))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import checkpoint
 import files
 import history
+import records
 import reports  # noqa: F401  imported before the fork, so that no child spends time on it
 import train_custom
 
@@ -218,7 +219,7 @@ def main() -> None:
     args = parser.parse_args()
     counts = torture(args.rounds, args.kills, args.data_dir.resolve(), args.seed)
     if args.output:
-        files.write_json(args.output, counts)
+        files.write_json(args.output, records.measured(counts))
     sys.exit(bool(counts["differences"] or counts["unreadable"] or counts["lost"]))
 
 

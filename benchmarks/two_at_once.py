@@ -1,9 +1,8 @@
-"""What two trainings at once cost each other, by the waiting policy of the OpenMP threads.
+"""What two trainings at once cost each other, by waiting policy and number of OpenMP threads.
 
 Threads that spin while they wait take a core from the other process; threads that sleep take long
 to wake. Each line gives images/s of one training alone, then of two side by side. How the kernel
-happens to place the four threads decides much, so that the policies are measured in turn, several
-times.
+happens to place the threads decides much, so that the settings are measured in turn, several times.
 """
 
 import argparse
@@ -14,16 +13,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import torch
-
 from files import write_json
-from records import environment
+from records import measured
 
-POLICIES = {
+SETTINGS = {
     "as it is": {},
     "OMP_WAIT_POLICY=PASSIVE": {"OMP_WAIT_POLICY": "PASSIVE"},
     "OMP_WAIT_POLICY=ACTIVE": {"OMP_WAIT_POLICY": "ACTIVE"},
     "GOMP_SPINCOUNT=1000": {"GOMP_SPINCOUNT": "1000"},
+    "OMP_NUM_THREADS=1": {"OMP_NUM_THREADS": "1"},
 }
 CHILD = """
 import sys, time
@@ -52,13 +50,13 @@ while time.perf_counter() < end:
 """
 
 
-def rates(number: int, policy: dict[str, str], args: argparse.Namespace) -> list[float]:
+def rates(number: int, setting: dict[str, str], args: argparse.Namespace) -> list[float]:
     """Images/s of that many trainings at once."""
     root = str(Path(__file__).parent.parent)
     code = CHILD.format(root=root, data=str(args.data_dir.resolve()), seconds=args.seconds)
     command = [sys.executable, "-c", code]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    children = [subprocess.Popen(command, env=os.environ | policy, **pipes) for _ in range(number)]
+    children = [subprocess.Popen(command, env=os.environ | setting, **pipes) for _ in range(number)]
     for child in children:
         child.stdout.readline()
     for child in children:
@@ -77,13 +75,12 @@ def main() -> None:
     args = parser.parse_args()
     rows = []
     for round_ in range(args.rounds):
-        for name, policy in POLICIES.items():
-            alone, both = (rates(number, policy, args) for number in (1, 2))
-            rows.append({"policy": name, "round": round_, "alone": alone[0], "both": both})
+        for name, setting in SETTINGS.items():
+            alone, both = (rates(number, setting, args) for number in (1, 2))
+            rows.append({"setting": name, "round": round_, "alone": alone[0], "both": both})
             print(f"{name:<24} alone {alone[0]}, two at once {both}", flush=True)
     if args.output:
-        content = {"environment": environment(torch.device("cpu")), "images_per_second": rows}
-        write_json(args.output, content)
+        write_json(args.output, measured({"images_per_second": rows}))
 
 
 if __name__ == "__main__":
