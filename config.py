@@ -28,8 +28,13 @@ class TrainConfig:
     batch_size: int = setting(256, "images per optimiser step (BatchNorm needs a few)", 4)
     lr: float = setting(1e-3, "peak learning rate", 1e-9, below=100)
     weight_decay: float = setting(0.01, "weight decay", 0, below=100)
+    muon_lr: float = setting(0.05, "Muon's learning rate, a share of a layer's norm", 0, below=1)
     label_smoothing: float = setting(0.0, "mass spread over the other classes", 0, below=1)
-    optimizer: str = setting("adamw", "adam couples decay to the loss", choices=("adam", "adamw"))
+    optimizer: str = setting(
+        "adamw",
+        "adam couples decay to the loss; muon steps the convolutions",
+        choices=("adam", "adamw", "muon"),
+    )
     warmup: float = setting(0.0, "share of the steps the learning rate rises in", 0, below=1)
     bias_lr_scale: float = setting(1.0, "learning rate of biases, relative to --lr", 0, below=1e4)
     flip: str = setting("random", "mirroring", choices=("none", "random", "alternating"))

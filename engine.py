@@ -1,4 +1,4 @@
-"""Optimiser and schedule, one step, a whole training that can stop and go on anywhere."""
+"""Schedule, one step, a whole training that can stop and go on anywhere."""
 
 import math
 import shlex
@@ -20,6 +20,7 @@ import history
 from cli import Stopped
 from compute import compile_or_not, forward, now, train_mode
 from config import TrainConfig
+from optimizers import MuonAdamW, make_optimizer
 
 
 class Batches(Protocol):
@@ -30,36 +31,6 @@ class Batches(Protocol):
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields inputs and labels from the given step of an epoch."""
-
-
-def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
-    """Groups the trainable parameters for `make_optimizer`.
-
-    With AdamW, decay spares biases and BatchNorm: it would pull scales towards 0 without making the
-    function any simpler. Adam is the original project's: decay, coupled, on everything.
-    """
-    trained = [p for p in model.parameters() if p.requires_grad]
-    matrices = [p for p in trained if p.ndim > 1]
-    vectors = [p for p in trained if p.ndim == 1]
-    decay = config.weight_decay
-    return [
-        {"params": matrices, "weight_decay": decay, "lr_scale": 1.0},
-        {
-            "params": vectors,
-            "weight_decay": decay if config.optimizer == "adam" else 0.0,
-            "lr_scale": config.bias_lr_scale,
-        },
-    ]
-
-
-def make_optimizer(groups: list[dict[str, Any]], config: TrainConfig) -> torch.optim.Optimizer:
-    """Adam or AdamW over groups that carry `lr_scale`, one fused kernel a step."""
-    kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
-    # beta2 0.99 forgets fast enough for runs of a few thousand steps; Adam's own is 0.999.
-    betas = (0.9, 0.99) if config.optimizer == "adamw" else (0.9, 0.999)
-    return kind(
-        [group for group in groups if group["params"]], lr=config.lr, betas=betas, fused=True
-    )
 
 
 def lr_factor(step: int, num_steps: int, warmup: float) -> float:
@@ -78,7 +49,7 @@ def lr_factor(step: int, num_steps: int, warmup: float) -> float:
 
 def train_step(
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer | MuonAdamW,
     x: Tensor,
     labels: Tensor,
     precision: str,
@@ -88,7 +59,7 @@ def train_step(
 
     Args:
         model: in training mode.
-        optimizer: made by `make_optimizer`.
+        optimizer: made by `optimizers.make_optimizer`.
         x: inputs (B, ...).
         labels: (B,) int64.
         precision: "fp32" or "bf16".
@@ -157,7 +128,7 @@ def fit(
         OSError: the history cannot be written, not even at the end; the state is kept.
     """
     device = next(model.parameters()).device
-    optimizer = make_optimizer(groups, config)
+    optimizer = make_optimizer(groups, config, precision)
     num_steps = config.epochs * batches.num_steps
     rows: list[dict[str, Any]] = []
     epoch = step = 0

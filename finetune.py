@@ -10,6 +10,7 @@ import torch
 
 import cli
 import engine
+import optimizers
 import records
 import runs
 from compute import predict, select_device, settle_precision
@@ -27,6 +28,9 @@ IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 class FineTuneConfig(TrainConfig):
     """A training's settings, and what is taken from ImageNet."""
 
+    # Not Muon: it sets the norms of the layers, and pretrained ones are to keep theirs.
+    optimizer: str = setting("adamw", "adam couples decay to the loss", choices=("adam", "adamw"))
+    muon_lr: float = setting(0.0, "unused", internal=True)
     arch: str = setting("resnet18", "the network", choices=tuple(ARCHS))
     weights: str = setting("imagenet", "imagenet, none (random) or a file")
     image_size: int | None = setting(None, "upsample to this side, pixels", 32, below=513)
@@ -111,7 +115,7 @@ def parameter_groups(model: OperatedNetwork, config: FineTuneConfig) -> list[dic
     """Groups whose learning rates fall from the head to the stem, stage by stage."""
     groups = []
     for depth, stage in enumerate(reversed(model.stages().values())):
-        for group in engine.parameter_groups(stage, config):
+        for group in optimizers.parameter_groups(stage, config):
             scale = group["lr_scale"] * config.stage_lr_scale**depth
             groups.append(group | {"lr_scale": scale})
     return groups

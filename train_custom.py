@@ -14,6 +14,7 @@ from config import TrainConfig
 from data import Augmentation, Splits, TrainBatches, normalize
 from initialization import initialize_from_images
 from models import MODERN, WIDE, create_model
+from optimizers import parameter_groups
 
 # A recipe is a named set of defaults; any flag given beside it wins.
 RECIPES = {
@@ -41,9 +42,11 @@ RECIPES = {
         "val_fraction": 0.02,  # a thousand images show the course of a run and fit a temperature
     },
 }
+# Where time is short Muon learns more than AdamW, at a tenth more work a step.
+RECIPES["speedrun"] = RECIPES["modern"] | {"optimizer": "muon", "muon_lr": 0.1, "epochs": 3}
 # More width, more epochs, and a larger cutout against what both would learn by heart.
 RECIPES["best"] = RECIPES["modern"] | {"epochs": 28, "cutout": 12}
-SURGERY = {"classic": {}, "modern": MODERN, "best": WIDE}
+SURGERY = {"classic": {}, "modern": MODERN, "speedrun": MODERN, "best": WIDE}
 
 
 def parse(argv: list[str] | None) -> TrainConfig:
@@ -96,7 +99,7 @@ def train(config: TrainConfig, command: str) -> None:
         )
         history = engine.fit(
             model,
-            engine.parameter_groups(model, config),
+            parameter_groups(model, config),
             batches,
             records.validator(
                 splits,

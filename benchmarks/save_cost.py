@@ -17,6 +17,7 @@ from compute import train_mode
 from config import TrainConfig
 from files import write_json
 from models import MODERN, create_model
+from optimizers import make_optimizer, parameter_groups
 from records import measured
 from train_custom import RECIPES
 
@@ -30,7 +31,7 @@ def main() -> None:
     config = TrainConfig(**RECIPES["modern"])
     model = create_model("custom_cnn", MODERN)
     train_mode(model)
-    optimizer = engine.make_optimizer(engine.parameter_groups(model, config), config)
+    optimizer = make_optimizer(parameter_groups(model, config), config, "fp32")
     x, labels = torch.randn(8, 3, 32, 32), torch.arange(8)
     engine.train_step(model, optimizer, x, labels, "fp32", 0.0)  # fills the moments
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}

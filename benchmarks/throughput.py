@@ -31,6 +31,7 @@ from config import TrainConfig
 from data import Split, TrainBatches, load_splits
 from files import write_json
 from models import create_model
+from optimizers import make_optimizer, parameter_groups
 from records import measured
 
 
@@ -72,7 +73,7 @@ def our_steps(
     batches: TrainBatches, model: nn.Module, config: TrainConfig, precision: str
 ) -> Iterator[int]:
     """The steps of `engine.fit` without its files; yields the images of each."""
-    optimizer = engine.make_optimizer(engine.parameter_groups(model, config), config)
+    optimizer = make_optimizer(parameter_groups(model, config), config, precision)
     train_mode(model)
     epoch = 0
     while True:

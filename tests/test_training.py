@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import start
 from torch import nn
+from torch.nn import functional as F
 
 import checkpoint
 import compute
@@ -15,6 +16,7 @@ import history
 import metrics
 import train_custom
 from config import TrainConfig
+from optimizers import make_optimizer, parameter_groups
 
 SMALL = ["--recipe", "classic", "--batch-size", "32", "--precision", "fp32", "--device", "cpu"]
 
@@ -76,7 +78,7 @@ def test_classic_run_leaves_checkpoint_history_config_test_and_pictures(workplac
     assert "finished and kept" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("recipe", ["classic", "modern"])
+@pytest.mark.parametrize("recipe", ["classic", "speedrun"])
 def test_run_stopped_mid_epoch_by_a_signal_and_resumed_equals_the_uninterrupted_one(
     workplace, tmp_path, recipe
 ):
@@ -199,9 +201,44 @@ def test_weight_decay_spares_biases_and_batchnorm_with_adamw_only():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 2))
     for optimizer, decayed in (("adamw", 2), ("adam", 6)):
         config = TrainConfig(optimizer=optimizer, weight_decay=0.1)
-        groups = engine.parameter_groups(model, config)
+        groups = parameter_groups(model, config)
         assert sum(len(g["params"]) for g in groups) == 6
         assert sum(len(g["params"]) for g in groups if g["weight_decay"]) == decayed
+
+
+def test_muon_moves_convolutions_alike_in_all_directions_and_by_nothing_not_finite():
+    torch.manual_seed(0)
+    conv = nn.Conv2d(3, 8, 3, bias=False)
+    pooled = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10)
+    model = nn.Sequential(conv, nn.BatchNorm2d(8), nn.GELU(), *pooled)
+    config = TrainConfig(optimizer="muon", lr=3e-3)
+    optimizer = make_optimizer(parameter_groups(model, config), config, "fp32")
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == 5
+    x, labels = torch.randn(64, 3, 32, 32), torch.arange(64) % 10
+
+    def weights():
+        return [p.detach().clone() for p in model.parameters()]
+
+    before = weights()
+    loss = F.cross_entropy(model(x), labels)
+    gradient = torch.autograd.grad(loss, conv.weight)[0].flatten(1)
+    _, bad = engine.train_step(model, optimizer, x, labels, "fp32", 0.0)
+    assert not bad
+    assert not any(map(torch.equal, before, weights()))
+    normed = before[0] / before[0].norm() * 8**0.5
+    step = (normed - conv.weight.detach()).flatten(1) / config.muon_lr
+    left, values, right = torch.linalg.svd(gradient, full_matrices=False)
+    moved = left.T @ step @ right.T  # in the directions of the gradient
+    assert values[0] > 3 * values[-1]
+    assert moved.diag().min() > 0.5
+    assert moved.diag().max() < 1.3
+    torch.testing.assert_close(moved, moved.diag().diag(), atol=1e-3, rtol=0)
+
+    before = weights()
+    x[0] = torch.nan
+    _, bad = engine.train_step(model, optimizer, x, labels, "fp32", 0.0)
+    assert bad
+    assert all(map(torch.equal, before, weights()))
 
 
 def test_frozen_batchnorm_statistics_do_not_move():
