@@ -118,9 +118,16 @@ def normalize(images: Tensor, mean: list[float], std: list[float]) -> Tensor:
 
     Channels are the innermost dimension already, so the permutation moves no bytes.
     """
-    scale = torch.tensor([1 / (255 * s) for s in std], device=images.device)
-    shift = torch.tensor([m / s for m, s in zip(mean, std, strict=True)], device=images.device)
-    return images.float().mul_(scale).sub_(shift).permute(0, 3, 1, 2)
+    scale = torch.tensor([1 / (255 * s) for s in std])
+    shift = torch.tensor([m / s for m, s in zip(mean, std, strict=True)])
+    device = images.device
+    x = images.float().mul_(send(scale, device)).sub_(send(shift, device))
+    return x.permute(0, 3, 1, 2)
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """A small tensor of the CPU on the device, without waiting for what runs there."""
+    return tensor.to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)
@@ -163,6 +170,7 @@ class TrainBatches:
         self.augmentation, self.seed = augmentation, seed
         self.num_images = len(split.labels)
         self.num_steps = -(-self.num_images // batch_size)
+        self.flipped_first = torch.rand(self.num_images, generator=self._generator(_FLIP)) < 0.5
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields x (B, 3, H, W) float and labels (B,) from the given step; both count from 0."""
@@ -170,16 +178,16 @@ class TrainBatches:
         device = self.split.labels.device
         for step, chosen in enumerate(order.tensor_split(self.num_steps)):
             if step >= first_step:
-                yield self._load(chosen.to(device), *self._draw(epoch, step, chosen))
+                yield self._load(send(chosen, device), *self._draw(epoch, step, chosen))
 
     def _load(
         self, chosen: Tensor, flipped: Tensor, shifts: Tensor, holes: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         device = chosen.device
-        images = gather(self.split.images, chosen, flipped.to(device), shifts.to(device))
+        images = gather(self.split.images, chosen, send(flipped, device), send(shifts, device))
         x = normalize(images, self.mean, self.std)
         if holes is not None:
-            x = erase(x, holes.to(device), self.augmentation.cutout)
+            x = erase(x, send(holes, device), self.augmentation.cutout)
         return x, self.split.labels[chosen]
 
     def _generator(self, *key: int) -> torch.Generator:
@@ -191,8 +199,7 @@ class TrainBatches:
         kind, reach = self.augmentation.flip, self.augmentation.translate
         generator, size = self._generator(_STEP, epoch, step), len(chosen)
         if kind == "alternating":
-            first = torch.rand(self.num_images, generator=self._generator(_FLIP)) < 0.5
-            flipped = first[chosen] ^ (epoch % 2 == 1)
+            flipped = self.flipped_first[chosen] ^ (epoch % 2 == 1)
         else:
             flipped = torch.rand(size, generator=generator) < (0.5 if kind == "random" else 0)
         shifts = torch.randint(-reach, reach + 1, (size, 2), generator=generator)

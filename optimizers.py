@@ -119,12 +119,14 @@ def make_optimizer(
         config: `optimizer` and `lr`.
         precision: "fp32" or "bf16", of Muon's matrix products.
     """
+    # As a CUDA graph replays it, the step must not need a number that only Python has.
+    on = {"fused": True, "capturable": groups[0]["params"][0].is_cuda}
     if config.optimizer == "adam":
-        return torch.optim.Adam(groups, lr=config.lr, fused=True)
+        return torch.optim.Adam(groups, lr=config.lr, **on)
     muon = [group for group in groups if "momentum" in group]
     others = [group for group in groups if "momentum" not in group]
     # beta2 0.99 forgets fast enough for runs of a few thousand steps; Adam's own is 0.999.
-    adamw = torch.optim.AdamW(others, lr=config.lr, betas=(0.9, 0.99), fused=True)
+    adamw = torch.optim.AdamW(others, lr=config.lr, betas=(0.9, 0.99), **on)
     if not muon:
         return adamw
     return MuonAdamW(*muon, adamw, torch.bfloat16 if precision == "bf16" else torch.float32)

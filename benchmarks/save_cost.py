@@ -33,7 +33,7 @@ def main() -> None:
     train_mode(model)
     optimizer = make_optimizer(parameter_groups(model, config), config, "fp32")
     x, labels = torch.randn(8, 3, 32, 32), torch.arange(8)
-    engine.train_step(model, optimizer, x, labels, "fp32", 0.0)  # fills the moments
+    engine.train_step(model, optimizer, "fp32", 0.0, x, labels, config.lr)  # fills the moments
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
     times = []
     with tempfile.TemporaryDirectory(dir=".") as folder:

@@ -75,10 +75,11 @@ def our_steps(
     """The steps of `engine.fit` without its files; yields the images of each."""
     optimizer = make_optimizer(parameter_groups(model, config), config, precision)
     train_mode(model)
+    take_step = engine.stepper(model, optimizer, config, precision)
     epoch = 0
     while True:
         for x, labels in batches.epoch(epoch):
-            engine.train_step(model, optimizer, x, labels, precision, config.label_smoothing)
+            take_step(x, labels, config.lr)
             yield len(labels)
         epoch += 1
 
@@ -112,8 +113,9 @@ def step_flop(model: nn.Module) -> int:
     return 4 * first + 6 * sum(others)
 
 
-def matrix_rate(dtype: torch.dtype, device: torch.device, size: int = 4096) -> float:
+def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
     """The machine's FLOP/s in a square matrix product, best of five."""
+    size = 4096 if device.type == "cpu" else 8192
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     times = []
     for _ in range(5):

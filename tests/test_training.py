@@ -78,11 +78,17 @@ def test_classic_run_leaves_checkpoint_history_config_test_and_pictures(workplac
     assert "finished and kept" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("recipe", ["classic", "speedrun"])
+NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "device"),
+    [("classic", "cpu"), ("speedrun", "cpu"), pytest.param("speedrun", "cuda", marks=NEEDS_GPU)],
+)
 def test_run_stopped_mid_epoch_by_a_signal_and_resumed_equals_the_uninterrupted_one(
-    workplace, tmp_path, recipe
+    workplace, tmp_path, recipe, device
 ):
-    arguments = [*SMALL, "--recipe", recipe, "--epochs", "2"]
+    arguments = [*SMALL, "--recipe", recipe, "--epochs", "2", "--device", device]
     whole = tmp_path / "whole"
     whole.mkdir()
     signal_itself = (
@@ -222,7 +228,7 @@ def test_muon_moves_convolutions_alike_in_all_directions_and_by_nothing_not_fini
     before = weights()
     loss = F.cross_entropy(model(x), labels)
     gradient = torch.autograd.grad(loss, conv.weight)[0].flatten(1)
-    _, bad = engine.train_step(model, optimizer, x, labels, "fp32", 0.0)
+    _, bad = engine.train_step(model, optimizer, "fp32", 0.0, x, labels, config.lr)
     assert not bad
     assert not any(map(torch.equal, before, weights()))
     normed = before[0] / before[0].norm() * 8**0.5
@@ -236,7 +242,7 @@ def test_muon_moves_convolutions_alike_in_all_directions_and_by_nothing_not_fini
 
     before = weights()
     x[0] = torch.nan
-    _, bad = engine.train_step(model, optimizer, x, labels, "fp32", 0.0)
+    _, bad = engine.train_step(model, optimizer, "fp32", 0.0, x, labels, config.lr)
     assert bad
     assert all(map(torch.equal, before, weights()))
 
