@@ -219,16 +219,17 @@ def calibration(
 
 
 def accuracy_by_minutes(rows: Sequence[Mapping[str, float | str]], path: Path) -> None:
-    """Validation accuracy against training time: a panel a network, a line each way to train it.
+    """Validation accuracy by training time: a panel a network and machine, a line each way.
 
     Args:
-        rows: one an epoch, with `arch`, `flags` (names the line), `minutes` and `val_accuracy`
-            (fraction).
+        rows: one an epoch, with `arch`, `hardware`, `flags` (names the line), `minutes` and
+            `val_accuracy` (fraction).
         path: the PNG to write.
     """
     panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for row in rows:
-        points = panels.setdefault(str(row["arch"]), {}).setdefault(str(row["flags"]), [])
+        panel = f"{row['arch']}, {str(row['hardware']).split(',')[0]}"
+        points = panels.setdefault(panel, {}).setdefault(str(row["flags"]), [])
         points.append((float(row["minutes"]), 100 * float(row["val_accuracy"])))
     columns = min(2, len(panels))
     height = math.ceil(len(panels) / columns)
@@ -236,13 +237,13 @@ def accuracy_by_minutes(rows: Sequence[Mapping[str, float | str]], path: Path) -
     grid = figure.subplots(height, columns, squeeze=False)
     for axes in grid.flat[len(panels) :]:
         axes.set_axis_off()
-    for axes, (arch, lines) in zip(grid.flat, panels.items(), strict=False):
+    for axes, (panel, lines) in zip(grid.flat, panels.items(), strict=False):
         for number, (name, points) in enumerate(lines.items()):
             colour, marker = PALETTE[number % len(PALETTE)], "os^vD"[number // len(PALETTE) % 5]
             axes.plot(
                 *zip(*points, strict=True), color=colour, marker=marker, label=name or "defaults"
             )
-        axes.set_title(arch)
+        axes.set_title(panel)
         axes.set_xlabel("minutes")
         axes.set_ylabel("validation accuracy (%)")
         axes.set_xscale("log")

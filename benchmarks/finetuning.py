@@ -65,6 +65,7 @@ def full_runs(results_dir: Path) -> list[dict[str, Any]]:
                 rows += [
                     {
                         "arch": run["arch"],
+                        "hardware": run["environment"]["hardware"],
                         "flags": f"full run {run['name']}",
                         "minutes": float(row["seconds"]) / 60,
                         "val_accuracy": row["val_accuracy"],
@@ -103,6 +104,7 @@ def main() -> None:
     lines += full_runs(args.results_dir)
     if not lines:
         parser.error("nothing tried yet: give --tries FLAGS ...")
+    lines.sort(key=lambda row: (list(ARCHS).index(row["arch"]), row["hardware"]))
     figures.accuracy_by_minutes(lines, args.results_dir / "finetuning.png")
 
 
