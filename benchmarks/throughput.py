@@ -1,11 +1,13 @@
 """Training throughput of this repository against the plain loop of PyTorch's CIFAR-10 tutorial.
 
-Both sides train the same network at the same batch size in one process, a few steps in turn, so
+All sides train the same network at the same batch size in one process, a few steps in turn, so
 that a machine that slows down slows both. The plain side is what most repositories do: a dataset of
 PIL images, ToTensor, Normalize and RandomHorizontalFlip sample by sample, a DataLoader with two
-workers, float32. Images/s are medians over the turns; FLOP/s count two operations for each
-multiplication of a convolution or linear layer, forward and, for the gradients of weights and of
-inputs, twice more; the first layer's input needs no gradient.
+workers, float32. A third side is this trainer under `torch.compile`, and the seconds that its first
+two steps take longer; a training compiles twice, since its batches have two sizes. Images/s are
+medians over the turns; FLOP/s count two operations for each multiplication of a convolution or
+linear layer, forward and, for the gradients of weights and of inputs, twice more; the first layer's
+input needs no gradient.
 """
 
 import argparse
@@ -26,7 +28,7 @@ from torchvision import transforms
 
 import engine
 import train_custom
-from compute import choose_precision, now, select_device, train_mode
+from compute import choose_precision, compile_or_not, now, select_device, train_mode
 from config import TrainConfig
 from data import Split, TrainBatches, load_splits
 from files import write_json
@@ -75,7 +77,8 @@ def our_steps(
     """The steps of `engine.fit` without its files; yields the images of each."""
     optimizer = make_optimizer(parameter_groups(model, config), config, precision)
     train_mode(model)
-    take_step = engine.stepper(model, optimizer, config, precision)
+    network = compile_or_not(model, config.compile, next(model.parameters()).device)
+    take_step = engine.stepper(network, optimizer, config, precision)
     epoch = 0
     while True:
         for x, labels in batches.epoch(epoch):
@@ -143,8 +146,10 @@ def main() -> None:
     }
     rows = []
     for name in train_custom.RECIPES:
-        config = train_custom.parse(["--recipe", name, "--batch-size", str(args.batch_size)])
+        flags = ["--recipe", name, "--batch-size", str(args.batch_size)]
+        config, compiled = (train_custom.parse([*flags, *more]) for more in ([], ["--compile"]))
         model, batches = train_custom.begin(config, splits, device)
+        twin, _ = train_custom.begin(config, splits, device)
         precision, _ = choose_precision("auto", model, next(batches.epoch(0)), device)
         flop = step_flop(model)
         plain = create_model("custom_cnn", train_custom.SURGERY[name])
@@ -153,9 +158,13 @@ def main() -> None:
                 splits.train, splits.mean, splits.std, plain, args.batch_size, device
             ),
             "ours": our_steps(batches, model, config, precision),
+            "compiled": our_steps(batches, twin, compiled, precision),
         }
-        for steps in sides.values():
+        starts = {}
+        for side, steps in sides.items():
+            begin = now(device)
             rate(steps, 2, device)
+            starts[side] = now(device) - begin
         rates: dict[str, list[float]] = {side: [] for side in sides}
         for _ in range(args.turns):
             for side, steps in sides.items():
@@ -175,6 +184,8 @@ def main() -> None:
                 "precision": precision,
                 "plain_images_per_second": round(medians["plain"], 1),
                 "our_images_per_second": round(medians["ours"], 1),
+                "compiled_images_per_second": round(medians["compiled"], 1),
+                "compile_seconds": round(starts["compiled"] - starts["ours"], 1),
                 "ratio": round(medians["ours"] / medians["plain"], 2),
                 "flop_per_second": round(flop * medians["ours"]),
                 "utilisation": round(flop * medians["ours"] / peaks[precision], 3),
