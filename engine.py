@@ -19,8 +19,9 @@ from tqdm import tqdm
 import checkpoint
 import history
 from cli import Stopped
-from compute import compile_or_not, forward, launched_at_once, now, train_mode
+from compute import compile_or_not, forward, now, train_mode
 from config import TrainConfig
+from graphs import launched_at_once
 from optimizers import MuonAdamW, make_optimizer
 
 
