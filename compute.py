@@ -32,7 +32,7 @@ def select_device(name: str) -> torch.device:
             f"{torch.cuda.device_count()} devices: install a driver it can use, or take "
             "--device cpu"
         )
-    torch.backends.cudnn.deterministic = True  # costs nothing measurable, and repeats to the bit
+    torch.backends.cudnn.deterministic = True  # costs the CNN nothing, and repeats it to the bit
     return torch.device("cuda" if name == "cuda" or (name == "auto" and available) else "cpu")
 
 
@@ -173,7 +173,8 @@ def predict(
         images: (N, 32, 32, 3) uint8 on the model's device.
         mean: channel means the model was trained with, fractions of 255.
         std: the deviations.
-        batch_size: images at a time, of 32x32 pixels; of a model that upsamples accordingly fewer.
+        batch_size: images at a time, of 32x32 pixels; of a model that upsamples accordingly fewer,
+            on a GPU four times as many.
         precision: "fp32" or "bf16".
         tta: see `views`.
 
@@ -183,7 +184,8 @@ def predict(
     model.eval()
     plain, averaged = [], []
     pixels = (getattr(model, "image_size", 32) / 32) ** 2
-    parts = images.split(max(1, int(batch_size / pixels)))
+    size = batch_size / pixels * (4 if images.is_cuda else 1)
+    parts = images.split(max(1, int(size)))
     # Upsampled to many pixels this takes minutes, which nobody should have to wonder about.
     for part in tqdm(parts, "evaluating", unit="batch", disable=None, leave=False, delay=2):
         outputs = [forward(model, x, precision) for x in views(normalize(part, mean, std), tta)]

@@ -126,7 +126,7 @@ def normalize(images: Tensor, mean: list[float], std: list[float]) -> Tensor:
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """A small tensor of the CPU on the device, without waiting for what runs there."""
+    """A tensor of the CPU on the device, without waiting for what runs there."""
     return tensor.to(device, non_blocking=True)
 
 
@@ -175,15 +175,15 @@ class TrainBatches:
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields x (B, 3, H, W) float and labels (B,) from the given step; both count from 0."""
         order = torch.randperm(self.num_images, generator=self._generator(_ORDER, epoch))
-        device = self.split.labels.device
         for step, chosen in enumerate(order.tensor_split(self.num_steps)):
             if step >= first_step:
-                yield self._load(send(chosen, device), *self._draw(epoch, step, chosen))
+                yield self._load(chosen, *self._draw(epoch, step, chosen))
 
     def _load(
         self, chosen: Tensor, flipped: Tensor, shifts: Tensor, holes: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        device = chosen.device
+        device = self.split.labels.device
+        chosen = send(chosen, device)
         images = gather(self.split.images, chosen, send(flipped, device), send(shifts, device))
         x = normalize(images, self.mean, self.std)
         if holes is not None:

@@ -95,8 +95,10 @@ def stepper(
     precision: str,
 ) -> Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]:
     """`train_step` of inputs, labels and learning rate, the fastest way this device offers."""
-    step = partial(train_step, model, optimizer, precision, config.label_smoothing)
-    return launched_at_once(step, next(model.parameters()).device)
+    device = next(model.parameters()).device
+    network = compile_or_not(model, config.compile, device)
+    step = partial(train_step, network, optimizer, precision, config.label_smoothing)
+    return launched_at_once(step, device)
 
 
 @dataclass(frozen=True)
@@ -161,8 +163,7 @@ def fit(
         rows, epoch, step, spent = (state[k] for k in ("history", "epoch", "step", "spent"))
         sums.copy_(state["sums"])
         spent["total"] += seconds_before
-    network = compile_or_not(model, config.compile, device)
-    take_step = stepper(network, optimizer, config, precision)
+    take_step = stepper(model, optimizer, config, precision)
     written = _kept(history.write, files.history_path, rows)
     clock = saved = time.perf_counter()
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from compute import forward
-from data import Augmentation, Split, TrainBatches, normalize
+from data import Augmentation, Split, TrainBatches, normalize, send
 
 
 @torch.inference_mode()
@@ -122,10 +122,11 @@ class FeatureBatches(TrainBatches):
     def _load(
         self, chosen: Tensor, flipped: Tensor, shifts: Tensor, holes: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        x = self.features[chosen.cpu(), flipped.long()]
+        x = self.features[chosen, flipped.long()]
         if x.ndim == 4:
             x = x.contiguous(memory_format=torch.channels_last)
-        return x.to(chosen.device, self.dtype), self.split.labels[chosen]
+        device = self.split.labels.device
+        return send(x, device).to(self.dtype), self.split.labels[send(chosen, device)]
 
 
 @torch.inference_mode()

@@ -28,7 +28,7 @@ from torchvision import transforms
 
 import engine
 import train_custom
-from compute import choose_precision, compile_or_not, now, select_device, train_mode
+from compute import choose_precision, now, select_device, train_mode
 from config import TrainConfig
 from data import Split, TrainBatches, load_splits
 from files import write_json
@@ -77,8 +77,7 @@ def our_steps(
     """The steps of `engine.fit` without its files; yields the images of each."""
     optimizer = make_optimizer(parameter_groups(model, config), config, precision)
     train_mode(model)
-    network = compile_or_not(model, config.compile, next(model.parameters()).device)
-    take_step = engine.stepper(network, optimizer, config, precision)
+    take_step = engine.stepper(model, optimizer, config, precision)
     epoch = 0
     while True:
         for x, labels in batches.epoch(epoch):
