@@ -18,6 +18,9 @@ UNREADABLE = (
     *(NotImplementedError, zipfile.LargeZipFile),
 )
 
+# Around the reason torch.load puts what a programmer could do.
+TORCH_ADVICE = ("Weights only load failed", "Please file an issue", "Check the documentation")
+
 MAX_VALUES = 1_000_000
 
 
@@ -45,7 +48,9 @@ def read(path: Path, device: torch.device | str = "cpu") -> Any:
                 content = torch.load(file, map_location=device, weights_only=True)
             _check(content, size)
         except UNREADABLE as error:
-            reason = (str(error).strip().split("\n")[0] or "no tensors in it")[:120]
+            lines = (line.strip() for line in str(error).splitlines())
+            reasons = (line for line in lines if line and not line.startswith(TORCH_ADVICE))
+            reason = next(reasons, "no tensors in it").rstrip(".")[:120]
             raise ValueError(f"{type(error).__name__}: {reason}") from error
     return content
 

@@ -223,7 +223,9 @@ def test_checkpoint_with_code_is_refused_and_not_run(tmp_path, capsys):
     trace, path = tmp_path / "executed", tmp_path / "evil.pt"
     torch.save({"format": checkpoint.FORMAT, "x": mutations.Code(trace)}, path)
     assert evaluate.main([str(path)]) == 2
-    assert "not a readable checkpoint" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert "not a readable checkpoint" in message
+    assert "GLOBAL" in message
     assert not trace.exists()
 
 
