@@ -1,4 +1,4 @@
-"""What each ingredient of the default recipe is worth: left out one at a time, the same epochs.
+"""What each ingredient of the default recipe is worth: one change at a time, the same epochs.
 
 A short proxy of the full training: 40,000 training images, accuracy on the 10,000 that are split
 off for validation; the test set is never read. The same seeds everywhere, so that the splits, the
@@ -32,7 +32,7 @@ from optimizers import parameter_groups
 from records import measured
 from train_custom import RECIPES
 
-# What replaces an ingredient: a setting of the recipe, of the network, or a step of the start.
+# One change each: a setting of the recipe or network, a step of the start, a kind of averaging.
 VARIANTS: dict[str, dict[str, Any]] = {
     "everything": {},
     "patches as they are, not whitened": {"without": "whiten"},
@@ -114,9 +114,10 @@ def train(change: dict[str, Any], epochs: int, seed: int, args: argparse.Namespa
     augmentation = Augmentation(config.flip, config.translate, config.cutout)
     statistics_ = splits.mean, splits.std
     options = splits.train, config.batch_size, *statistics_, augmentation, seed
-    batches = TrainBatches(*options)
     if kind := change.get("averaging"):
         batches = AveragingBatches(model, kind, epochs, *options)
+    else:
+        batches = TrainBatches(*options)
     precision, _ = choose_precision("auto", model, next(batches.epoch(0)), device)
     with tempfile.TemporaryDirectory() as folder:
         files = engine.RunFiles(Path(folder) / "state", Path(folder) / "history.csv", [], {})
@@ -140,7 +141,7 @@ shared their cores, and the last two rows ran on faster ones.
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: mean and spread over seeds of each variant, and what leaving out costs."""
+    """Markdown: mean and spread over seeds of each variant, and what the change costs."""
     lines = [
         "| change | epochs | seeds | top-1 (%) | with TTA (%) | worth | minutes |",
         "|---|---|---|---|---|---|---|",
