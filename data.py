@@ -1,65 +1,81 @@
-"""CIFAR-10 from verified arrays to normalised batches that already lie on the device."""
+"""From arrays of pictures to augmented, normalised batches that already lie on the device."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import takewhile
 from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from downloads import cifar10
+
+class Arrays(NamedTuple):
+    """A data set in memory: images (N, H, W, 3) uint8, labels (N,) that index `classes`."""
+
+    classes: tuple[str, ...]
+    train_images: np.ndarray
+    train_labels: np.ndarray
+    test_images: np.ndarray
+    test_labels: np.ndarray
+    val_images: np.ndarray | None = None
+    val_labels: np.ndarray | None = None
+
+
+class ChannelStats(NamedTuple):
+    """Mean and standard deviation of the three channels over all pixels, as fractions of 255."""
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
 
 
 class Split(NamedTuple):
-    """Images (N, 32, 32, 3) uint8 and labels (N,) int64 on one device."""
+    """Images (N, H, W, 3) uint8 and labels (N,) int64 on one device."""
 
     images: Tensor
     labels: Tensor
 
 
 class Splits(NamedTuple):
-    """The three splits and the channel statistics (three fractions of 255 each) of the first."""
+    """Everything a training sees; `stats` are those of the training images."""
 
+    classes: tuple[str, ...]
+    stats: ChannelStats
     train: Split
     val: Split | None
     test: Split
-    mean: list[float]
-    std: list[float]
 
 
-def load_splits(
-    data_dir: Path, *, val_fraction: float, limit: int | None, seed: int, device: torch.device
+def make_splits(
+    arrays: Arrays, *, val_fraction: float, limit: int | None, seed: int, device: torch.device
 ) -> Splits:
-    """Loads CIFAR-10 and carves a stratified validation split out of the training set.
+    """Puts a data set on the device, with a stratified validation split off the training images.
 
     Args:
-        data_dir: where the data is kept; it is fetched there where absent.
-        val_fraction: share of every class that becomes validation data; 0 makes none.
+        arrays: the data set.
+        val_fraction: share of every class that validates, where the data set brings no such split.
         limit: keep the first `limit` images of each split.
         seed: chooses the validation images, so that equal seeds compare equal splits.
-        device: where the tensors are put; all 60,000 images take 184 MB.
+        device: where the tensors are put; CIFAR-10 takes 184 MB there.
     """
-    arrays = cifar10(data_dir)
-    train, val = stratified_split(arrays.train_labels, val_fraction, seed)
-    if not len(train):
-        raise ValueError(f"--val-fraction {val_fraction}: leaves no training image; take less")
-    mean, std = channel_stats(arrays.train_images[train[:limit]])
 
     def split(images: np.ndarray, labels: np.ndarray, chosen: np.ndarray | slice) -> Split:
-        labels = labels[chosen][:limit].astype(np.int64)
-        return Split(
-            torch.from_numpy(images[chosen][:limit]).to(device), torch.from_numpy(labels).to(device)
-        )
+        images, labels = images[chosen][:limit], labels[chosen][:limit].astype(np.int64)
+        return Split(torch.from_numpy(images).to(device), torch.from_numpy(labels).to(device))
 
-    train_arrays = arrays.train_images, arrays.train_labels
+    train, val = slice(None), None
+    if arrays.val_images is not None:
+        val = split(arrays.val_images, arrays.val_labels, slice(None))
+    elif val_fraction:
+        train, chosen = stratified_split(arrays.train_labels, val_fraction, seed)
+        val = split(arrays.train_images, arrays.train_labels, chosen) if len(chosen) else None
     return Splits(
-        split(*train_arrays, train),
-        split(*train_arrays, val) if len(val) else None,
+        arrays.classes,
+        channel_stats(arrays.train_images[train][:limit]),
+        split(arrays.train_images, arrays.train_labels, train),
+        val,
         split(arrays.test_images, arrays.test_labels, slice(None)),
-        mean,
-        std,
     )
 
 
@@ -70,7 +86,8 @@ def stratified_split(
 
     Args:
         labels: (N,) integers.
-        val_fraction: in [0, 1); every class gives `round(val_fraction * its size)` images.
+        val_fraction: in [0, 1); every class gives `round(val_fraction * its size)` images, but
+            keeps one to train on.
         seed: chooses which.
 
     Returns:
@@ -78,25 +95,19 @@ def stratified_split(
     """
     rng = np.random.default_rng(seed)
     val = [
-        rng.permutation(members)[: round(val_fraction * len(members))]
+        rng.permutation(members)[: min(round(val_fraction * len(members)), len(members) - 1)]
         for members in (np.flatnonzero(labels == label) for label in np.unique(labels))
     ]
     val = np.sort(np.concatenate(val))
     return np.setdiff1d(np.arange(len(labels)), val, assume_unique=True), val
 
 
-def channel_stats(images: np.ndarray) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each channel over all pixels, as fractions of 255.
+def channel_stats(images: np.ndarray) -> ChannelStats:
+    """Statistics over all pixels of images (N, H, W, 3) uint8.
 
     The pixel values are counted, so that the sums are exact integers whatever the number of images.
     The deviation is that of all pixels, not the mean of per-image deviations (0.2023, ...) that
     many repositories copy from each other.
-
-    Args:
-        images: (N, H, W, 3) uint8.
-
-    Returns:
-        Three means and three population standard deviations in [0, 1].
     """
     mean, std = [], []
     for channel in range(3):
@@ -107,22 +118,46 @@ def channel_stats(images: np.ndarray) -> tuple[list[float], list[float]]:
         first = sum(value * int(count) for value, count in enumerate(counts)) / total
         second = sum(value**2 * int(count) for value, count in enumerate(counts)) / total
         mean.append(first / 255)
-        std.append(
-            max(second - first**2, 1e-4) ** 0.5 / 255
-        )  # one flat colour must not divide by 0
-    return mean, std
+        std.append(max(second - first**2, 1e-4) ** 0.5 / 255)  # one flat colour: no division by 0
+    return ChannelStats(tuple(mean), tuple(std))
 
 
-def normalize(images: Tensor, mean: list[float], std: list[float]) -> Tensor:
+def normalize(images: Tensor, stats: ChannelStats) -> Tensor:
     """Turns uint8 images (B, H, W, 3) into floats (B, 3, H, W), channels_last in memory.
 
-    Channels are the innermost dimension already, so the permutation moves no bytes.
+    Channels are innermost already, so the permutation moves no bytes.
     """
-    scale = torch.tensor([1 / (255 * s) for s in std])
-    shift = torch.tensor([m / s for m, s in zip(mean, std, strict=True)])
+    scale = torch.tensor([1 / (255 * s) for s in stats.std])
+    shift = torch.tensor([m / s for m, s in zip(*stats, strict=True)])
     device = images.device
     x = images.float().mul_(send(scale, device)).sub_(send(shift, device))
     return x.permute(0, 3, 1, 2)
+
+
+def resize(x: Tensor, side: int) -> Tensor:
+    """Resamples images (B, 3, H, W) to (B, 3, side, side), bilinear and, downwards, antialiased."""
+    if x.shape[2:] == (side, side):
+        return x
+    smaller = side < x.shape[2]
+    return F.interpolate(x, (side, side), mode="bilinear", align_corners=False, antialias=smaller)
+
+
+def inputs(
+    images: Tensor, stats: ChannelStats, side: int, batch_size: int = 250
+) -> Iterator[Tensor]:
+    """Yields images as a network is to see them when it is judged, in order, nothing left out.
+
+    Args:
+        images: (N, H, W, 3) uint8.
+        stats: what the network was trained with.
+        side: of the network's input, pixels.
+        batch_size: images of 32x32 pixels at a time, of larger ones accordingly fewer.
+
+    Yields:
+        x (B, 3, side, side) float.
+    """
+    for some in images.split(max(1, batch_size * 32**2 // side**2)):
+        yield resize(normalize(some, stats), side)
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
@@ -134,10 +169,11 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
 class Augmentation:
     """What is done to training images.
 
-    `flip` is "none", "random" (each image by a coin every epoch) or "alternating" (a coin in the
-    first epoch, then every second epoch; Jordan 2024, arXiv:2404.00498). `translate` moves by up to
-    that many pixels and reflects the border; `cutout` blanks a square of that side (DeVries and
-    Taylor 2017).
+    Attributes:
+        flip: "none", "random" (each image by a coin every epoch) or "alternating" (a coin in the
+            first epoch, then every second epoch; Jordan 2024, arXiv:2404.00498).
+        translate: moves by up to that many pixels and reflects the border.
+        cutout: side of a blanked square, pixels (DeVries and Taylor 2017, arXiv:1708.04552).
     """
 
     flip: str = "none"
@@ -145,71 +181,123 @@ class Augmentation:
     cutout: int = 0
 
 
+class Draws(NamedTuple):
+    """The random numbers of one epoch, a row for each image in the order of training."""
+
+    chosen: Tensor  # (N,) int64 index of the image
+    flipped: Tensor  # (N,) bool
+    shifts: Tensor  # (N, 2) int64, pixels down and right
+    corners: Tensor  # (N, 2) int64, upper left of the blanked square
+
+
 # What a stream of random numbers is for; no two of them coincide.
-_ORDER, _STEP, _FLIP = 1, 2, 3
+_ORDER, _FIRST_FLIP = 1, 2
 
 
 class TrainBatches:
     """Shuffled, augmented, normalised batches of a training split; every image once an epoch.
 
-    All randomness is a function of (seed, epoch, step), never of what ran before: any epoch can be
+    All randomness is a function of (seed, epoch), never of what ran before: any epoch can be
     entered at any step and yields the very same batches. Batch sizes of an epoch differ by one
     image at most, so that no crumb of a batch spoils the BatchNorm statistics.
+
+    Args:
+        split: images and labels on the device.
+        stats: to normalise by.
+        batch_size: images of a step, over all processes together.
+        augmentation: what is done to the images.
+        seed: of order and augmentation.
+        side: of the network's input, pixels; None keeps the images'.
+        small_first: (share of all steps, side) pairs; until that share is reached the images have
+            that side. What is learned from small images serves large ones, for fewer operations.
+        num_epochs: of the whole training, of which `small_first` gives shares.
+        part: (rank, number of processes): only that part of each batch is made.
     """
 
     def __init__(
         self,
         split: Split,
+        stats: ChannelStats,
         batch_size: int,
-        mean: list[float],
-        std: list[float],
-        augmentation: Augmentation,
-        seed: int,
+        *,
+        augmentation: Augmentation = Augmentation(),
+        seed: int = 0,
+        side: int | None = None,
+        small_first: tuple[tuple[float, int], ...] = (),
+        num_epochs: int = 1,
+        part: tuple[int, int] = (0, 1),
     ):
-        self.split, self.mean, self.std = split, mean, std
-        self.augmentation, self.seed = augmentation, seed
+        self.split, self.stats, self.augmentation, self.seed = split, stats, augmentation, seed
+        self.side, self.small_first = side or split.images.shape[1], small_first
+        self.num_epochs, self.part = num_epochs, part
         self.num_images = len(split.labels)
-        self.num_steps = -(-self.num_images // batch_size)
-        self.flipped_first = torch.rand(self.num_images, generator=self._generator(_FLIP)) < 0.5
+        self.num_steps = -(-self.num_images // batch_size)  # of an epoch
+        self.flipped_first = torch.rand(self.num_images, generator=self._stream(_FIRST_FLIP)) < 0.5
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields x (B, 3, H, W) float and labels (B,) from the given step; both count from 0."""
-        order = torch.randperm(self.num_images, generator=self._generator(_ORDER, epoch))
-        for step, chosen in enumerate(order.tensor_split(self.num_steps)):
-            if step >= first_step:
-                yield self._load(chosen, *self._draw(epoch, step, chosen))
+        """Yields x (B, 3, S, S) float and labels (B,) from the given step; both count from 0."""
+        draws = self._draw(epoch)
+        steps = list(zip(*(d.tensor_split(self.num_steps) for d in draws), strict=True))
+        step = first_step
+        while step < self.num_steps:
+            side = self.side_at(epoch, step)
+            on_cpu = self.split.labels.device.type == "cpu"
+            ahead = 1 if on_cpu else max(1, 2**26 // (3 * side**2 * len(steps[step][0])))
+            near = range(step, min(step + ahead, self.num_steps))
+            same = list(takewhile(lambda at, side=side: self.side_at(epoch, at) == side, near))
+            own = [self._own(Draws(*steps[at])) for at in same]
+            x, labels = self._load(Draws(*map(torch.cat, zip(*own, strict=True))), side)
+            sizes = [len(draws.chosen) for draws in own]
+            yield from zip(x.split(sizes), labels.split(sizes), strict=True)
+            step += len(same)
 
-    def _load(
-        self, chosen: Tensor, flipped: Tensor, shifts: Tensor, holes: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def side_at(self, epoch: int, step: int) -> int:
+        """Side of the network's input in a step, pixels."""
+        done = (epoch * self.num_steps + step) / (self.num_epochs * self.num_steps)
+        return next((side for share, side in self.small_first if done < share), self.side)
+
+    def share_done(self, epoch: int, step: int) -> float:
+        """Share of the training's operations that lie before a step; large images take more."""
+
+        def work(steps: float) -> float:
+            ends = [(share, side) for share, side in self.small_first] + [(1.0, self.side)]
+            total, begin = 0.0, 0.0
+            for end, side in ends:
+                total += max(min(end, steps) - begin, 0) * side**2
+                begin = end
+            return total
+
+        return work((epoch + step / self.num_steps) / self.num_epochs) / work(1)
+
+    def _own(self, draws: Draws) -> Draws:
+        rank, count = self.part
+        return Draws(*(draw.tensor_split(count)[rank] for draw in draws))
+
+    def _load(self, draws: Draws, side: int) -> tuple[Tensor, Tensor]:
         device = self.split.labels.device
-        chosen = send(chosen, device)
-        images = gather(self.split.images, chosen, send(flipped, device), send(shifts, device))
-        x = normalize(images, self.mean, self.std)
-        if holes is not None:
-            x = erase(x, send(holes, device), self.augmentation.cutout)
-        return x, self.split.labels[chosen]
+        chosen, flipped, shifts, corners = (send(d, device) for d in draws)
+        x = normalize(gather(self.split.images, chosen, flipped, shifts), self.stats)
+        if self.augmentation.cutout:
+            x = erase(x, corners, self.augmentation.cutout)
+        return resize(x, side), self.split.labels[chosen]
 
-    def _generator(self, *key: int) -> torch.Generator:
+    def _stream(self, *key: int) -> torch.Generator:
         state = np.random.SeedSequence((self.seed, *key)).generate_state(1, np.uint64)
         return torch.Generator().manual_seed(int(state[0]) >> 1)
 
-    def _draw(self, epoch: int, step: int, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Draws flips (B,) bool, shifts (B, 2) and, with cutout, hole corners (B, 2) on the CPU."""
-        kind, reach = self.augmentation.flip, self.augmentation.translate
-        generator, size = self._generator(_STEP, epoch, step), len(chosen)
+    def _draw(self, epoch: int) -> Draws:
+        kind, reach, hole = vars(self.augmentation).values()
+        stream, count = self._stream(_ORDER, epoch), self.num_images
+        chosen = torch.randperm(count, generator=stream)
+        flipped = torch.rand(count, generator=stream) < (0.5 if kind == "random" else 0)
         if kind == "alternating":
             flipped = self.flipped_first[chosen] ^ (epoch % 2 == 1)
-        else:
-            flipped = torch.rand(size, generator=generator) < (0.5 if kind == "random" else 0)
-        shifts = torch.randint(-reach, reach + 1, (size, 2), generator=generator)
-        if not (hole := self.augmentation.cutout):
-            return flipped, shifts, None
-        sides = self.split.images.shape[1:3]
-        corners = [
-            torch.randint(1 - hole, side, (size,), generator=generator) for side in sides
-        ]  # the hole may hang over the border, as in the paper
-        return flipped, shifts, torch.stack(corners, 1)
+        shifts = torch.randint(-reach, reach + 1, (count, 2), generator=stream)
+        corners = [  # the hole may hang over the border, as in the paper
+            torch.randint(min(1 - hole, 0), size, (count,), generator=stream)
+            for size in self.split.images.shape[1:3]
+        ]
+        return Draws(chosen, flipped, shifts, torch.stack(corners, 1))
 
 
 def gather(images: Tensor, chosen: Tensor, flipped: Tensor, shifts: Tensor) -> Tensor:
@@ -238,7 +326,5 @@ def erase(x: Tensor, corners: Tensor, side: int) -> Tensor:
     """Sets a square of each image (B, 3, H, W) to 0, the mean colour; corners are (B, 2) int64."""
     rows = torch.arange(x.shape[2], device=x.device) - corners[:, :1]
     columns = torch.arange(x.shape[3], device=x.device) - corners[:, 1:]
-    inside = ((rows >= 0) & (rows < side))[:, :, None] & ((columns >= 0) & (columns < side))[
-        :, None
-    ]
-    return x.masked_fill_(inside[:, None], 0)
+    rows, columns = ((at >= 0) & (at < side) for at in (rows, columns))
+    return x.masked_fill_((rows[:, :, None] & columns[:, None])[:, None], 0)

@@ -1,306 +1,324 @@
-"""Schedule, one step, a whole training that can stop and go on anywhere."""
+"""How a network learns and is judged: schedule, step, loop, evaluation. Needs torch and tqdm alone.
+
+`train` is a generator: it yields after every step and at the end of every epoch, so that whoever
+runs it may print, save, validate or stop there. Nothing in it waits for the device. Where
+torch.distributed runs several processes, each trains and predicts its part of every batch.
+"""
 
 import math
-import shlex
-import signal
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import checkpoint
-import history
-from cli import Stopped
-from compute import compile_or_not, forward, now, train_mode
-from config import TrainConfig
-from graphs import launched_at_once
-from optimizers import MuonAdamW, make_optimizer
-
 
 class Batches(Protocol):
-    """What `fit` trains on; `data.TrainBatches` is one."""
+    """What `train` learns from; `data.TrainBatches` is one."""
 
-    num_images: int
-    num_steps: int
+    num_images: int  # of an epoch
+    num_steps: int  # of an epoch
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields inputs and labels from the given step of an epoch."""
+        """Yields inputs (B, ...) and labels (B,) int64 from the given step of an epoch."""
 
 
-def lr_factor(step: int, num_steps: int, warmup: float) -> float:
-    """Learning rate relative to its peak: a linear rise, then half a cosine down to 0.
+@dataclass
+class Progress:
+    """Where a training stands.
+
+    Attributes:
+        epoch: epochs behind it.
+        step: steps behind it in the running epoch; 0 at the end of an epoch.
+        lr: learning rate of the last step.
+        sums: (3,) float32 on the device: loss (nats), correct predictions and images, summed over
+            the running epoch, or over the one that has just ended.
+        bad_step: on the device, number from 0 of the first step whose loss or gradient was not
+            finite; -1 while there is none.
+    """
+
+    epoch: int = 0
+    step: int = 0
+    lr: float = 0.0
+    sums: Tensor = field(default_factory=lambda: torch.zeros(3))
+    bad_step: Tensor = field(default_factory=lambda: torch.tensor(-1))
+
+
+def processes() -> int:
+    """How many processes train together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def lr_factor(step: int, num_steps: int, warmup: float, schedule: str = "cosine") -> float:
+    """Learning rate relative to its peak: a linear rise, then a fall to 0.
 
     Args:
         step: optimiser step, from 0.
         num_steps: of the whole training.
         warmup: share of the steps that rise.
+        schedule: "cosine" falls along half a cosine, "linear" along a line.
     """
     rise = warmup * num_steps
     if step < rise:
         return (step + 1) / (rise + 1)
-    return 0.5 * (1 + math.cos(math.pi * (step - rise) / (num_steps - rise)))
+    done = (step - rise) / (num_steps - rise)
+    return 1 - done if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+
+
+def train(
+    model: nn.Module,
+    optimizer: Any,
+    batches: Batches,
+    *,
+    epochs: int,
+    lr: float,
+    warmup: float = 0.0,
+    schedule: str = "cosine",
+    precision: str = "fp32",
+    label_smoothing: float = 0.0,
+    progress: Progress | None = None,
+) -> Iterator[Progress]:
+    """Trains a model in place.
+
+    The same `Progress` is yielded each time. Who keeps it with the states of model and optimiser
+    and of torch's random numbers can go on from there, to the bit.
+
+    Args:
+        model: on its device.
+        optimizer: over groups that carry `lr_scale`; made by `optimizers.make_optimizer`.
+        batches: a pure function of (epoch, step).
+        epochs: passes over the training images.
+        lr: peak learning rate of a group whose `lr_scale` is 1.
+        warmup: see `lr_factor`.
+        schedule: see `lr_factor`.
+        precision: "fp32" or "bf16".
+        label_smoothing: in [0, 1).
+        progress: where an interrupted training stood.
+    """
+    device = next(model.parameters()).device
+    at = progress or Progress()
+    at.sums, at.bad_step = at.sums.to(device), at.bad_step.to(device)
+    options = {"precision": precision, "label_smoothing": label_smoothing}
+    take_step = partial(train_step, model, optimizer, **options)
+    if device.type == "cuda" and processes() == 1:
+        take_step = StepGraphs(take_step, device)
+    while at.epoch < epochs:
+        train_mode(model)
+        if not at.step:
+            at.sums.zero_()
+        for x, labels in batches.epoch(at.epoch, at.step):
+            done = at.epoch * batches.num_steps + at.step
+            at.lr = lr * lr_factor(done, epochs * batches.num_steps, warmup, schedule)
+            if processes() > 1:  # gradients are averaged over the processes
+                images = (batches.num_images + batches.num_steps - 1 - at.step) // batches.num_steps
+                take_step.keywords["count"] = images / processes()
+            measured, bad = take_step(x, labels, at.lr)
+            at.sums += measured
+            at.bad_step = torch.where((at.bad_step < 0) & bad, done, at.bad_step)
+            at.step += 1
+            yield at
+        at.epoch, at.step = at.epoch + 1, 0
+        yield at
 
 
 def train_step(
     model: nn.Module,
-    optimizer: torch.optim.Optimizer | MuonAdamW,
-    precision: str,
-    label_smoothing: float,
+    optimizer: Any,
     x: Tensor,
     labels: Tensor,
     lr: float | Tensor,
+    *,
+    precision: str = "fp32",
+    label_smoothing: float = 0.0,
+    count: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One optimiser step, which updates no parameter where loss or gradient are not finite.
+    """One optimiser step; it changes nothing at all where loss or gradient are not finite.
+
+    Neither parameters, nor the optimiser's moments, nor BatchNorm's running statistics then move.
 
     Args:
         model: in training mode.
         optimizer: made by `optimizers.make_optimizer`.
-        precision: "fp32" or "bf16".
-        label_smoothing: in [0, 1).
         x: inputs (B, ...).
         labels: (B,) int64.
         lr: learning rate of a group whose `lr_scale` is 1.
+        precision: "fp32" or "bf16".
+        label_smoothing: in [0, 1).
+        count: images the loss is a mean over, where these are a part of a larger batch.
 
     Returns:
         (3,) summed loss (nats), correct predictions and images; and whether a number was not finite
         (bool). Both stay on the device, so that nothing waits for it.
     """
+    buffers = list(model.buffers())
+    before = [buffer.clone() for buffer in buffers]
     logits = forward(model, x, precision)
-    loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
-    loss.backward()
+    loss = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=label_smoothing)
+    (loss / (count or len(labels))).backward()
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
     bad = ~torch.isfinite(nn.utils.get_total_norm(gradients) + loss.detach())
-    optimizer.found_inf = bad.float()  # as GradScaler does: the fused kernel then skips the step
+    if processes() > 1:  # the loss is that of a part
+        dist.all_reduce(bad := bad.float(), dist.ReduceOp.MAX)
+        bad = bad > 0
+    optimizer.found_inf = bad.float()  # as GradScaler does: the optimiser then changes nothing
     optimizer.step()
     optimizer.zero_grad()
+    with torch.no_grad():
+        for buffer, old in zip(buffers, before, strict=True):
+            buffer.copy_(torch.where(bad, old, buffer))
     correct = (logits.detach().argmax(1) == labels).sum()
     size = torch.full_like(correct, len(labels))
-    return torch.stack([loss.detach() * len(labels), correct, size]), bad
+    return torch.stack([loss.detach(), correct, size]), bad
 
 
-def stepper(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer | MuonAdamW,
-    config: TrainConfig,
-    precision: str,
-) -> Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]:
-    """`train_step` of inputs, labels and learning rate, the fastest way this device offers."""
-    device = next(model.parameters()).device
-    network = compile_or_not(model, config.compile, device)
-    step = partial(train_step, network, optimizer, precision, config.label_smoothing)
-    return launched_at_once(step, device)
+def forward(model: nn.Module, x: Tensor, precision: str) -> Tensor:
+    """Logits (B, C) in float32, computed in the given precision, "fp32" or "bf16"."""
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        return model(x).float()
 
 
-@dataclass(frozen=True)
-class RunFiles:
-    """Where a training keeps its state and its history, and the command that resumes it.
+def train_mode(model: nn.Module) -> None:
+    """Puts the model into training mode, except BatchNorm layers none of whose parameters train.
 
-    `identity` is stored with the state: what else the result depends on (hardware, weights).
+    Their running statistics belong to the frozen weights and must not drift.
     """
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and not any(
+            p.requires_grad for p in module.parameters()
+        ):
+            module.eval()
 
-    state_path: Path
-    history_path: Path
-    resume_command: list[str]
-    identity: dict[str, Any]
 
+class StepGraphs:
+    """A training step that a GPU replays as a CUDA graph, one for each shape of the batch.
 
-def fit(
-    model: nn.Module,
-    groups: list[dict[str, Any]],
-    batches: Batches,
-    validate: Callable[[], tuple[float, float]] | None,
-    config: TrainConfig,
-    precision: str,
-    files: RunFiles,
-    state: dict[str, Any] | None = None,
-    seconds_before: float = 0.0,
-) -> list[dict[str, Any]]:
-    """Trains a model in place; the one place that prints the progress of a training.
+    A step of a small network is some hundred kernels of microseconds each, which the GPU runs
+    faster than Python can launch them; a graph launches all at once. The first step of a shape runs
+    as written, which makes the optimiser's state and chooses kernels; the second is recorded.
 
     Args:
-        model: on its device, channels_last.
-        groups: parameter groups with `lr_scale`.
-        batches: yields the training data, a pure function of (epoch, step).
-        validate: loss (nats) and top-1 accuracy on the validation split, or None without one.
-        config: epochs, learning rate, label smoothing, minutes between saves.
+        step: of inputs, labels and learning rate (a number on the device); reads nothing back.
+        device: the GPU.
+    """
+
+    def __init__(self, step: Callable[[Tensor, Tensor, Tensor], Any], device: torch.device):
+        self.step = step
+        self.lr = torch.zeros((), device=device)
+        self.stream = torch.cuda.Stream()  # what is recorded must not be the main stream
+        self.pool = torch.cuda.graph_pool_handle()  # the graphs run in turn, in the same memory
+        self.recorded: dict[torch.Size, tuple[torch.cuda.CUDAGraph, Tensor, Tensor, Any]] = {}
+        self.seen: set[torch.Size] = set()
+        self.works = True
+
+    def __call__(self, x: Tensor, labels: Tensor, lr: float) -> Any:
+        """Takes the step; what it returns is overwritten by the next one."""
+        self.lr.fill_(lr)
+        if x.shape not in self.seen or not self.works:
+            self.seen.add(x.shape)
+            return self._as_written(x, labels)
+        if x.shape not in self.recorded:
+            own_x, own_labels, graph = x.clone(), labels.clone(), torch.cuda.CUDAGraph()
+            try:
+                with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+                    result = self.step(own_x, own_labels, self.lr)
+            except RuntimeError as error:
+                reason = str(error).split("\n")[0]
+                tqdm.write(f"no CUDA graph of the training step ({reason}); training without")
+                self.works = False
+                return self._as_written(x, labels)
+            self.recorded[x.shape] = graph, own_x, own_labels, result
+        graph, own_x, own_labels, result = self.recorded[x.shape]
+        own_x.copy_(x)
+        own_labels.copy_(labels)
+        graph.replay()
+        return result
+
+    def _as_written(self, x: Tensor, labels: Tensor) -> Any:
+        main = torch.cuda.current_stream()
+        self.stream.wait_stream(main)
+        with torch.cuda.stream(self.stream), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*capturable=True")  # it is going to be
+            result = self.step(x, labels, self.lr)
+        main.wait_stream(self.stream)
+        return result
+
+
+def views(x: Tensor, tta: str) -> Iterator[Tensor]:
+    """The variants of a batch (B, 3, S, S) whose logits test-time augmentation averages.
+
+    none: the batch itself; flip: with its mirror image; crops: both, and both moved a pixel (of 32)
+    up-left and down-right (the six views of airbench, Jordan 2024, arXiv:2404.00498).
+    """
+    moves = [x]
+    if tta == "crops":
+        side, by = x.shape[3], max(1, x.shape[3] // 32)
+        padded = F.pad(x, (by,) * 4, mode="reflect")
+        moves += [padded[..., at : at + side, at : at + side] for at in (0, 2 * by)]
+    for moved in moves:
+        yield moved
+        if tta != "none":
+            yield moved.flip(3)
+
+
+@torch.inference_mode()
+def predict(
+    model: nn.Module,
+    inputs: Iterable[Tensor],
+    *,
+    precision: str = "fp32",
+    tta: str = "none",
+    total: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Logits of every input, in order.
+
+    fp32 by default, so that a reported accuracy does not depend on what the machine does fast.
+
+    Args:
+        model: put into eval mode here.
+        inputs: batches (B, ...) on the model's device; `data.inputs` makes them. Of several
+            processes each gives its part of the split, in order of ranks; all get all logits.
         precision: "fp32" or "bf16".
-        files: where to keep state and history.
-        state: what an interrupted run saved, to continue exactly from there.
-        seconds_before: what was spent on features of a frozen trunk; it counts as training.
+        tta: see `views`.
+        total: number of batches, for the progress bar that long evaluations show.
 
     Returns:
-        The history: a dict of `history.COLUMNS` for each epoch.
-
-    Raises:
-        Stopped: Ctrl-C or SIGTERM came; the state is saved.
-        FloatingPointError: loss or gradient is not finite; the last good state is kept.
-        OSError: the history cannot be written, not even at the end; the state is kept.
+        (N, C) float32 on the CPU of the inputs as they are, and averaged over the views.
     """
-    device = next(model.parameters()).device
-    optimizer = make_optimizer(groups, config, precision)
-    num_steps = config.epochs * batches.num_steps
-    rows: list[dict[str, Any]] = []
-    epoch = step = 0
-    sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, correct, images
-    bad_step = torch.full((), -1, device=device)  # the first whose loss or gradient was not finite
-    spent = {"total": seconds_before, "epoch": 0.0}  # seconds
-    if state:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["rng"])
-        if state["cuda_rng"] is not None and device.type == "cuda":
-            torch.cuda.set_rng_state(state["cuda_rng"], device)
-        rows, epoch, step, spent = (state[k] for k in ("history", "epoch", "step", "spent"))
-        sums.copy_(state["sums"])
-        spent["total"] += seconds_before
-    take_step = stepper(model, optimizer, config, precision)
-    written = _kept(history.write, files.history_path, rows)
-    clock = saved = time.perf_counter()
-
-    def tick(training: bool) -> None:
-        nonlocal clock
-        begin, clock = clock, now(device)
-        spent["total"] += clock - begin
-        if training:
-            spent["epoch"] += clock - begin
-
-    def not_finite(done: int) -> str:
-        lr = config.lr * lr_factor(done, num_steps, config.warmup)
-        epochs, steps = divmod(done, batches.num_steps)
-        return (
-            f"loss or gradient not finite in epoch {epochs + 1}, step {steps + 1}, learning rate "
-            f"{lr:.2g}; no weight was changed by it, and the last saved state is good: start anew "
-            "with --run-name NAME and a lower --lr"
-            + (" or --precision fp32" if precision == "bf16" else "")
-        )
-
-    def save_state() -> bool:
-        nonlocal saved
-        saved = time.perf_counter()
-        content = {
-            "config": config.plain(),
-            "precision": precision,
-            "epoch": epoch,
-            "step": step,
-            "history": rows,
-            "spent": dict(spent),
-            "sums": sums.cpu(),
-            "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-            "identity": files.identity,
-            "model": model.state_dict(),
-            "optimizer": optimizer.state_dict(),
-        }
-        return _kept(checkpoint.save_state, files.state_path, content)
-
-    if state:
-        print(f"resumed in epoch {epoch + 1}, step {step}", flush=True)
-    print(history.HEADER, flush=True)
-    with _signals() as received:
-        while epoch < config.epochs:
-            train_mode(model)
-            with tqdm(
-                total=batches.num_images,
-                initial=int(sums[2]),
-                desc=f"epoch {epoch + 1}/{config.epochs}",
-                unit="img",
-                disable=None,
-                leave=False,
-                dynamic_ncols=True,
-            ) as bar:
-                for x, labels in batches.epoch(epoch, step):
-                    done = epoch * batches.num_steps + step
-                    lr = config.lr * lr_factor(done, num_steps, config.warmup)
-                    measured, bad = take_step(x, labels, lr)
-                    sums += measured
-                    bad_step = torch.where((bad_step < 0) & bad, done, bad_step)
-                    step += 1
-                    bar.update(len(labels))
-                    due = received or time.perf_counter() - saved > 60 * config.save_every
-                    # Reading a number waits for a GPU, so that there it is done now and then.
-                    if device.type == "cpu" or due or step % 50 == 0 or step == batches.num_steps:
-                        if bad_step >= 0:
-                            raise FloatingPointError(not_finite(int(bad_step)))
-                        bar.set_postfix_str(f"loss {sums[0] / sums[2]:.3f} acc {_percent(sums)}")
-                    if due and step < batches.num_steps:  # at its last step the epoch's end saves
-                        tick(training=True)
-                        kept = save_state()
-                        if received:
-                            raise Stopped(received[0], _stopped(kept, files))
-            tick(training=True)
-            loss, accuracy, images = sums.tolist()
-            try:
-                val_loss, val_accuracy = validate() if validate else (None, None)
-            except ValueError as error:  # logits that are not finite
-                raise FloatingPointError(not_finite(done)) from error
-            tick(training=False)
-            values = (
-                epoch + 1,
-                (epoch + 1) * batches.num_steps,
-                lr,
-                loss / images,
-                accuracy / images,
-                val_loss,
-                val_accuracy,
-                images / spent["epoch"],
-                spent["total"],
-            )
-            rows.append(dict(zip(history.COLUMNS, values, strict=True)))
-            written = _kept(history.write, files.history_path, rows)
-            epoch, step = epoch + 1, 0
-            sums.zero_()
-            spent["epoch"] = 0.0
-            kept = save_state()
-            print(history.line(rows, config.epochs, seconds_before), flush=True)
-            if received:
-                raise Stopped(received[0], _stopped(kept, files))
-    if not written:  # no later epoch will write it whole
-        history.write(files.history_path, rows)
-    return rows
+    model.eval()
+    plain, averaged = [], []
+    for x in tqdm(inputs, "evaluating", total, unit="batch", disable=None, leave=False, delay=2):
+        outputs = [forward(model, view, precision) for view in views(x, tta)]
+        plain.append(outputs[0])
+        averaged.append(torch.stack(outputs).mean(0))
+    logits = torch.cat(plain).cpu(), torch.cat(averaged).cpu()
+    if processes() > 1:
+        parts: list[Any] = [None] * processes()
+        dist.all_gather_object(parts, logits)
+        logits = tuple(map(torch.cat, zip(*parts, strict=True)))
+    return logits
 
 
-def _kept(write: Callable[..., None], path: Path, content: Any) -> bool:
-    """Writes a file unless the disk refuses: a full disk may have room again an epoch later."""
-    try:
-        write(path, content)
-    except OSError as error:
-        print(f"warning: {path} not written ({error}); training goes on", flush=True)
-        return False
-    return True
+def evaluate(
+    model: nn.Module, inputs: Iterable[Tensor], labels: Tensor, precision: str = "fp32"
+) -> tuple[float, float]:
+    """Mean cross-entropy (nats) and top-1 accuracy on a split; the loss of a broken network is NaN.
 
-
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Collects the first Ctrl-C or SIGTERM instead of breaking off; the second breaks off."""
-    received: list[int] = []
-
-    def note(number: int, frame: object) -> None:
-        if received:
-            raise Stopped(number, "stopped at once; a state saved before is untouched")
-        received.append(number)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _percent(sums: Tensor) -> str:
-    return f"{100 * sums[1] / sums[2]:.1f} %"
-
-
-def _stopped(kept: bool, files: RunFiles) -> str:
-    what = "state saved" if kept else "state NOT saved, an older one may exist"
-    return f"stopped, {what}; continue with\n  {shlex.join(files.resume_command)}"
+    Args:
+        model: put into eval mode here.
+        inputs: see `predict`.
+        labels: (N,) int64.
+        precision: "fp32" or "bf16".
+    """
+    logits, _ = predict(model, inputs, precision=precision)
+    labels = labels.cpu()
+    loss = F.cross_entropy(logits.double(), labels).item()
+    return loss, (logits.argmax(1) == labels).double().mean().item()

@@ -1,42 +1,72 @@
 """Judges saved checkpoints on the test set, compares them, and classifies your own pictures."""
 
+import argparse
+import os
 import sys
 import time
-from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
-from torch import nn
+from errors import UnusableInput, printable
+from runs import commandline
+from runs.settings import TEST_FRACTION
 
-import checkpoint
-import cli
-import pictures
-import reports
-from compute import predict, select_device
-from downloads import Cifar10, cifar10
-from files import sha256, write_json
-from records import DESCRIBED, environment
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from data import Splits
+
+EXAMPLES = """\
+examples:
+  python evaluate.py checkpoints/custom_cnn.pt --tta crops
+  python evaluate.py checkpoints/custom_cnn.pt --predict photo.jpg folder/
+  python evaluate.py         all finished checkpoints, and a table of all runs
+
+Numbers and pictures go to results/NAME/."""
 
 
-def parser() -> cli.Parser:
-    """The command line."""
-    parser = cli.Parser(prog="evaluate.py", description=__doc__)
-    add = parser.add_argument
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Turns the command line into settings.
+
+    Raises:
+        UnusableInput: a flag is unknown or its value breaks a rule.
+    """
+    parser = commandline.Parser("evaluate.py", __doc__, EXAMPLES)
+    add, views = parser.add_argument, ("none", "flip", "crops")
     add("checkpoints", nargs="*", type=Path, metavar="CHECKPOINT", help="default: all finished")
-    add(
-        "--tta",
-        choices=("none", "flip", "crops"),
-        help="views to average over (none; pictures: flip)",
-    )
-    add("--predict", nargs="+", type=Path, metavar="PATH", help="classify pictures or folders")
-    add("--data-dir", type=Path, default=Path("data"), help="where CIFAR-10 is kept")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
-    add("--batch-size", type=int, default=250, help="images of 32x32 pixels at a time")
-    add("--checkpoint-dir", type=Path, default=Path("checkpoints"), help="where weights are")
-    add("--results-dir", type=Path, default=Path("results"), help="where numbers and pictures go")
-    return parser
+    add("--tta", choices=views, help="views to average over (default: none; pictures: flip)")
+    add("--predict", nargs="+", type=Path, metavar="PATH", help="classify pictures and folders")
+    add("--figure", type=Path, metavar="FILE.png", help="with --predict: draw what it saw")
+    add("--predictions", type=Path, metavar="FILE.csv", help="write a row for each test image")
+    for name, default, meaning in (
+        ("--device", "auto", "auto (a GPU where there is one), cpu, cuda, cuda:1, mps"),
+        ("--batch-size", 250, "images of 32x32 pixels at a time"),
+        ("--data-dir", Path("data"), "where CIFAR-10 is kept"),
+        ("--checkpoint-dir", Path("checkpoints"), "where weights are"),
+        ("--results-dir", Path("results"), "where numbers and pictures go"),
+    ):
+        kind, text = type(default), f"{meaning} (default: {default})"
+        add(name, type=Path if isinstance(default, Path) else kind, default=default, help=text)
+    args = parser.parse_args(argv)
+    if args.batch_size < 1:
+        raise UnusableInput(f"--batch-size {args.batch_size}: must be at least 1")
+    if args.predict and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UnusableInput(
+            "--predict under torchrun: pictures are read by one process; run it alone"
+        )
+    args.checkpoints = args.checkpoints or finished(args.checkpoint_dir)
+    if not args.checkpoints:
+        raise UnusableInput(
+            f"no finished checkpoint in {printable(args.checkpoint_dir)}/: run "
+            "`python train_custom.py` first, or name one"
+        )
+    for option in ("predictions", "figure"):
+        if getattr(args, option) and len(args.checkpoints) > 1:
+            raise UnusableInput(
+                f"--{option} takes one checkpoint, not {len(args.checkpoints)}: name it"
+            )
+    return args
 
 
 def finished(folder: Path) -> list[Path]:
@@ -44,177 +74,169 @@ def finished(folder: Path) -> list[Path]:
     return sorted(p for p in folder.glob("*.pt") if not p.name.endswith(".resume.pt"))
 
 
-def judge(
-    path: Path,
-    model: nn.Module,
-    saved: dict[str, Any],
-    arrays: Cifar10,
-    *,
-    tta: str,
-    device: torch.device,
-    batch_size: int,
-    results_dir: Path,
-) -> dict[str, Any]:
-    """Evaluates a checkpoint on the test set and writes its `test.json` and pictures.
+def evaluate(args: argparse.Namespace) -> None:
+    """Does what the command line says and prints it; what fails does not keep others from it."""
+    import processes
+    from device import select_device
+    from runs import tables
+    from storage import checkpoint
 
-    Args:
-        path: the checkpoint, which `checkpoint.load_model` has read.
-        model: its network.
-        saved: its other content.
-        arrays: the test set is taken from them.
-        tta: test-time augmentation, see `compute.views`.
-        device: where the model is.
-        batch_size: images at a time.
-        results_dir: a folder named after the run is made or updated there.
+    problems = []
+    with processes.joined(select_device(args.device)) as device:
+        for path in processes.from_first(args.checkpoints):
+            try:
+                with processes.agreed():
+                    model, saved = checkpoint.load_model(path, device)
+                if args.predict:
+                    if len(args.checkpoints) > 1:
+                        print(f"{printable(path)}:")
+                    classify(model, saved, args, device)
+                else:
+                    judge(path, model, saved, args, device)
+            except UnusableInput as error:
+                problems.append(str(error))
+    if not (args.predict or processes.RANK) and len(problems) < len(args.checkpoints):
+        rows = tables.write(args.results_dir)
+        if len(args.checkpoints) > 1:
+            print(tables.terminal_table(rows))
+        print(f"all runs  {args.results_dir / 'index.html'}")
+    if problems:
+        raise UnusableInput("; ".join(problems))
 
-    Returns:
-        The content of test.json.
 
-    Raises:
-        ValueError: that folder holds the results of another checkpoint.
-    """
-    digest = sha256(path)
-    earlier = reports.read_test_report(results_dir / saved["name"])
-    if earlier.get("checkpoint_sha256", digest) != digest:
-        raise ValueError(
-            f"{results_dir / saved['name']}/ holds the results of another checkpoint than {path}: "
-            "give --results-dir"
+def test_split(saved: dict[str, Any], args: argparse.Namespace, device: "torch.device") -> "Splits":
+    """The test images a checkpoint is to be judged on, with its classes and statistics."""
+    import torch
+
+    from data import ChannelStats, Split, Splits
+    from sources.cifar10 import cifar10
+
+    if folder := saved["config"].get("pictures"):
+        from sources import pictures
+
+        shares = {key: saved["config"][key] for key in ("val_fraction", "seed")}
+        shares["test_fraction"] = TEST_FRACTION
+        arrays, _ = pictures.folder(Path(folder), saved["data"]["image_shape"][0], **shares)
+    else:
+        arrays = cifar10(args.data_dir)
+    if list(arrays.classes) != saved["classes"]:
+        raise UnusableInput(
+            f"{saved['name']} knows other classes than {printable(folder or 'CIFAR-10')}: give the "
+            "data it was trained on"
         )
-    if not (config_path := results_dir / saved["name"] / "config.json").exists():
-        write_json(config_path, {key: saved[key] for key in DESCRIBED if key in saved})
     limit = saved["config"].get("limit")  # a smoke run is judged on what it was meant for
     images = torch.from_numpy(arrays.test_images[:limit]).to(device)
-    labels = torch.from_numpy(arrays.test_labels[:limit].astype(np.int64))
-    begin = time.perf_counter()
-    logits, logits_tta = predict(
-        model, images, saved["mean"], saved["std"], batch_size=batch_size, tta=tta
-    )
-    seconds = round(time.perf_counter() - begin, 1)
-    return reports.write_test_report(
-        results_dir / saved["name"],
-        logits=logits,
-        labels=labels,
-        logits_tta=None if tta == "none" else logits_tta,
-        temperature=saved["metrics"].get("temperature"),
-        images=images.cpu(),
-        classes=saved["classes"],
-        name=saved["name"],
-        extra={
-            "tta": tta,
-            "checkpoint_sha256": digest,
-            "device": environment(device)["hardware"],
-            "seconds": seconds,
-            "date": date.today().isoformat(),
-        },
-        earlier=earlier,
-    )
+    labels = torch.from_numpy(arrays.test_labels[:limit].astype("int64")).to(device)
+    stats = ChannelStats(tuple(saved["mean"]), tuple(saved["std"]))
+    return Splits(arrays.classes, stats, None, None, Split(images, labels))
 
 
-def summary_lines(report: dict) -> str:
-    """The figures of a test report as text for the terminal."""
-    lines = [f"top-1 accuracy    {100 * report['top1']:.2f} % of {report['n']:,} test images"]
-    if report["top1_tta"] is not None:
-        lines.append(f"  with TTA        {100 * report['top1_tta']:.2f} % ({report['tta']})")
-    lines.append(f"cross-entropy     {report['loss']:.4f} nats")
-    lines.append(f"calibration error {100 * report['ece']:.2f} %")
-    if report["ece_calibrated"] is not None:
-        lines.append(
-            f"  after scaling   {100 * report['ece_calibrated']:.2f} % "
-            f"(temperature {report['temperature']:.3f}, fitted on validation images)"
-        )
-    return "\n".join(lines)
+def judge(
+    path: Path,
+    model: "nn.Module",
+    saved: dict[str, Any],
+    args: argparse.Namespace,
+    device: "torch.device",
+) -> None:
+    """Evaluates a checkpoint on the test set; writes its test.json, pictures and page.
+
+    Raises:
+        UnusableInput: the run's folder holds the results of another checkpoint.
+    """
+    import processes
+    from runs import history, page, records, reports, tables
+    from storage.files import sha256, write_json
+
+    run_dir, digest = args.results_dir / saved["name"], sha256(path)
+    with processes.agreed():
+        earlier = processes.from_first(tables.read_test_report(run_dir))
+        if earlier.get("checkpoint_sha256", digest) != digest:
+            raise UnusableInput(
+                f"{run_dir}/ holds the results of another checkpoint than {printable(path)}: give "
+                "--results-dir"
+            )
+        splits = test_split(saved, args, device)
+    temperature = saved["metrics"].get("temperature")
+    side = saved.get("image_size", 32)
+    report, logits = reports.judge(
+        model, splits, side, temperature, args.tta or "none", args.batch_size
+    )
+    if processes.RANK:
+        return
+    report |= {"name": saved["name"], "checkpoint_sha256": digest}
+    if report["top1_tta"] is None:
+        report |= {key: earlier[key] for key in ("tta", "top1_tta") if key in earlier}
+    if not (run_dir / "config.json").exists():
+        write_json(run_dir / "config.json", {k: saved[k] for k in records.REPEATED if k in saved})
+    write_json(run_dir / "test.json", report)
+    if args.predictions:
+        reports.write_predictions(args.predictions, splits, logits, temperature)
+    print(f"{printable(path)}\n{reports.summary(report)}\n", flush=True)
+    rows = history.read(run_dir / "history.csv")
+    reports.draw(run_dir, saved, model, splits, logits, temperature, rows)
+    content = {**saved, "status": "finished", "updated": time.time()}
+    page.write(run_dir, {**content, "history": rows, "report": report})
 
 
 def classify(
-    model: nn.Module, saved: dict[str, Any], wanted: list[Path], tta: str, device: torch.device
+    model: "nn.Module", saved: dict[str, Any], args: argparse.Namespace, device: "torch.device"
 ) -> None:
-    """Prints the three likeliest classes of each picture.
+    """Prints the three likeliest classes of each picture, and draws them where asked.
 
     Raises:
-        ValueError: some pictures could not be read; the others have been printed.
+        UnusableInput: some pictures could not be read; the others have been printed.
     """
-    unreadable = 0
-    files = list(pictures.find(wanted))
+    import torch
+
+    from data import ChannelStats, Split
+    from runs import reports
+    from sources import pictures
+
+    files = list(pictures.find(args.predict))
     if not files:
-        raise ValueError(f"--predict {' '.join(map(str, wanted))}: no pictures there")
-    names = [file.name for file in files]
+        given = " ".join(map(printable, args.predict))
+        raise UnusableInput(f"--predict {given}: no pictures there; give files or their folder")
+    names = [printable(file.name) for file in files]
     if len(set(names)) < len(names):
-        names = [str(file) for file in files]
-    width = max(map(len, names))
+        names = [printable(file) for file in files]
+    width, unreadable, shown = min(max(map(len, names)), 40), 0, []
+    stats = ChannelStats(tuple(saved["mean"]), tuple(saved["std"]))
+    side = saved.get("image_size", 32)
+    seen_side = saved.get("data", {}).get("image_shape", [32])[0]
     for name, file in zip(names, files, strict=True):
+        notes: list[str] = []
         try:
-            image = torch.from_numpy(pictures.load(file).copy())[None].to(device)
-        except ValueError as error:
+            seen = pictures.load(file, seen_side, notes)
+        except UnusableInput as error:
             print(f"error: {error}", file=sys.stderr)
             unreadable += 1
             continue
-        _, logits = predict(model, image, saved["mean"], saved["std"], tta=tta)
-        probabilities = (logits[0] / (saved["metrics"].get("temperature") or 1.0)).softmax(0)
-        top = probabilities.topk(3)
-        guesses = (
-            f"{saved['classes'][index]} {100 * value:.1f} %"
+        split = Split(torch.from_numpy(seen)[None].to(device), torch.zeros(1, dtype=torch.int64))
+        _, logits = reports.predict_split(model, split, stats, side, args.tta or "flip")
+        scaled = logits[0] / (saved["metrics"].get("temperature") or 1.0)
+        top = scaled.softmax(0).topk(min(3, len(saved["classes"])))
+        likely = [
+            (printable(saved["classes"][index]), value)
             for value, index in zip(top.values.tolist(), top.indices.tolist(), strict=True)
-        )
-        print(f"{name:<{width}}  {', '.join(guesses)}", flush=True)
+        ]
+        guesses = ", ".join(f"{label} {100 * value:.1f} %" for label, value in likely)
+        print(f"{name:<{width}}  {guesses}", *(f"({note})" for note in notes), flush=True)
+        if args.figure:
+            shown.append((name, pictures.load(file, 224), seen, likely))
+    if args.figure and shown:
+        import figures
+
+        figures.predictions(shown, args.figure, saved["name"])
+        print(f"drawn in {printable(args.figure)}")
     if unreadable:
-        raise ValueError(f"{unreadable} of {len(files)} pictures could not be read, named above")
-
-
-def evaluate(argv: list[str] | None) -> None:
-    """Does what the command line says and prints it."""
-    args = parser().parse_args(argv)
-    device = select_device(args.device)
-    if args.batch_size < 1:
-        raise ValueError(f"--batch-size {args.batch_size}: must be at least 1")
-    checkpoints = args.checkpoints or finished(args.checkpoint_dir)
-    if not checkpoints:
-        raise FileNotFoundError(
-            f"no finished checkpoint in {args.checkpoint_dir}/: run `python train_custom.py` "
-            "first, or name one"
+        raise UnusableInput(
+            f"{unreadable} of {len(files)} pictures could not be read, named above: leave them out"
         )
-    problems = []
-    arrays = None
-    for path in checkpoints:
-        try:
-            model, saved = checkpoint.load_model(path, device)
-        except (ValueError, FileNotFoundError) as error:  # the others still come out
-            problems.append(str(error))
-            continue
-        if not args.predict:
-            arrays = arrays or cifar10(args.data_dir)
-        try:
-            if args.predict:
-                if len(checkpoints) > 1:
-                    print(f"{path}:")
-                classify(model, saved, args.predict, args.tta or "flip", device)
-                continue
-            report = judge(
-                path,
-                model,
-                saved,
-                arrays,
-                tta=args.tta or "none",
-                device=device,
-                batch_size=args.batch_size,
-                results_dir=args.results_dir,
-            )
-        except ValueError as error:
-            problems.append(str(error))
-            continue
-        run_dir = args.results_dir / report["name"]
-        print(f"{path}\n{summary_lines(report)}\n\n{reports.per_class_table(report)}\n")
-        print(f"numbers  {run_dir}/test.json\npictures {run_dir}/*.png\n", flush=True)
-    if not args.predict and len(problems) < len(checkpoints):
-        rows = reports.write_results_readme(args.results_dir)
-        if not args.checkpoints:
-            print(f"{reports.terminal_table(rows)}\ntable    {args.results_dir / 'README.md'}")
-    if problems:
-        raise ValueError("; ".join(problems))
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the script; returns its exit code."""
-    return cli.exit_code(lambda: evaluate(argv))
+    return commandline.exit_code(lambda: evaluate(parse(argv)))
 
 
 if __name__ == "__main__":

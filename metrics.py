@@ -1,6 +1,6 @@
 """Numbers from logits: pure functions on CPU tensors; fractions in [0, 1], losses in nats.
 
-Throughout, `logits` is (N, C) float and `labels` is (N,) int64 with values in [0, C).
+Throughout, `logits` is (N, C) float, `labels` (N,) int64 in [0, C), and sums are float64.
 """
 
 import math
@@ -11,21 +11,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from errors import UnusableInput
+
 MAX_TEMPERATURE = 20.0  # and its reciprocal; a value at either end says that no temperature fits
 
 
 class CalibrationBins(NamedTuple):
-    """Top-label confidence against accuracy in bins of equal width, each closed on its right.
+    """Top-label confidence against accuracy in B bins of equal width, each closed on its right."""
 
-    Attributes:
-        count: (B,) int64 images whose confidence falls into the bin.
-        confidence: (B,) float64 mean confidence of those images; 0 in an empty bin.
-        accuracy: (B,) float64 share of those images classified correctly; 0 in an empty bin.
-    """
-
-    count: Tensor
-    confidence: Tensor
-    accuracy: Tensor
+    count: Tensor  # (B,) int64: images whose confidence falls into the bin
+    confidence: Tensor  # (B,) float64: their mean confidence; 0 in an empty bin
+    accuracy: Tensor  # (B,) float64: share of them classified correctly; 0 in an empty bin
 
 
 def top1(logits: Tensor, labels: Tensor) -> float:
@@ -35,7 +31,7 @@ def top1(logits: Tensor, labels: Tensor) -> float:
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> float:
-    """Mean negative log-likelihood of the labels in nats, summed in float64."""
+    """Mean negative log-likelihood of the labels in nats."""
     _check(logits, labels)
     return F.cross_entropy(logits.double(), labels).item()
 
@@ -48,14 +44,16 @@ def confusion_matrix(logits: Tensor, labels: Tensor) -> Tensor:
     return torch.bincount(cells, minlength=num_classes**2).reshape(num_classes, num_classes)
 
 
-def per_class_accuracy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Share of each true class classified correctly (its recall).
+def class_scores(matrix: Tensor) -> dict[str, Tensor]:
+    """`precision`, `recall` and `f1` from a `confusion_matrix`, (C,) float64 each.
 
-    Returns:
-        (C,) float64; NaN for a class without images.
+    Precision is the share of the images predicted as a class that belong to it, recall the share of
+    its images that are predicted as it (its accuracy), F1 their harmonic mean; NaN for 0/0.
     """
-    matrix = confusion_matrix(logits, labels).double()
-    return matrix.diagonal() / matrix.sum(1)
+    matrix = matrix.double()
+    hits, predicted, true = matrix.diagonal(), matrix.sum(0), matrix.sum(1)
+    both = 2 * hits / (predicted + true)
+    return {"precision": hits / predicted, "recall": hits / true, "f1": both}
 
 
 def calibration_bins(logits: Tensor, labels: Tensor, num_bins: int = 15) -> CalibrationBins:
@@ -68,12 +66,11 @@ def calibration_bins(logits: Tensor, labels: Tensor, num_bins: int = 15) -> Cali
     confidence, predicted = logits.double().softmax(1).max(1)
     bins = ((confidence * num_bins).ceil().long() - 1).clamp(0, num_bins - 1)
     count = torch.bincount(bins, minlength=num_bins)
-    size = count.clamp(min=1)
-    return CalibrationBins(
-        count,
-        torch.bincount(bins, weights=confidence, minlength=num_bins) / size,
-        torch.bincount(bins, weights=(predicted == labels).double(), minlength=num_bins) / size,
+    means = (
+        torch.bincount(bins, weights=values, minlength=num_bins) / count.clamp(min=1)
+        for values in (confidence, (predicted == labels).double())
     )
+    return CalibrationBins(count, *means)
 
 
 def expected_calibration_error(bins: CalibrationBins) -> float:
@@ -90,11 +87,9 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     """The T > 0 whose logits / T have the smallest cross-entropy (Guo et al. 2017, section 4.2).
 
     Fit it on validation logits: on the test set it would flatter the calibration. The loss is
-    convex in 1/T, so its slope changes sign once and bisection needs no step size or start.
-
-    Returns:
-        A value in [1 / MAX_TEMPERATURE, MAX_TEMPERATURE]; an end of it where the minimum lies
-        beyond, as when every image (or none) is classified correctly.
+    convex in 1/T, so its slope changes sign once and bisection needs no step size or start. Where
+    the minimum lies beyond [1 / MAX_TEMPERATURE, MAX_TEMPERATURE], as when every image (or none) is
+    classified correctly, the nearer end is returned.
     """
     _check(logits, labels)
     logits = logits.double()
@@ -102,12 +97,8 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     low, high = -math.log(MAX_TEMPERATURE), math.log(MAX_TEMPERATURE)
     for _ in range(50):  # halvings that exhaust float64
         middle = (low + high) / 2
-        probabilities = (logits / math.exp(middle)).softmax(1)
-        slope = (probabilities * margins).sum(1).mean()  # of the loss in 1/T
-        if slope > 0:  # 1/T is too large
-            low = middle
-        else:
-            high = middle
+        slope = ((logits / math.exp(middle)).softmax(1) * margins).sum()  # of the loss in 1/T
+        low, high = (middle, high) if slope > 0 else (low, middle)  # above 0: 1/T is too large
     return math.exp((low + high) / 2)
 
 
@@ -122,53 +113,53 @@ def summarize(
     """Everything `test.json` says about a network's logits, in plain JSON types.
 
     Args:
-        logits: (N, C) without augmentation.
-        labels: (N,) int64.
+        logits: without augmentation.
+        labels: of the same images.
         temperature: fitted on the validation split; None where there was none.
-        logits_tta: (N, C) with test-time augmentation; enters `top1_tta` alone.
+        logits_tta: with test-time augmentation; enters `top1_tta` alone.
         classes: C names.
 
     Returns:
-        `n`, `loss`, `top1`, `top1_tta`, `per_class` ({class: accuracy}), `ece`, `temperature` and
-        `ece_calibrated`; None for what is missing, such as the accuracy of a class without images.
+        `n`, `loss`, `top1`, `top1_tta`, `per_class` ({class: accuracy}), `by_class` ({class: scores
+        of `class_scores`}), `macro` (their means over the classes that have them), `ece`,
+        `temperature`, `ece_calibrated`; None for what is missing or divides by zero.
 
     Raises:
-        ValueError: no images, shapes that disagree, or logits that are not finite.
+        UnusableInput: the logits are not all finite.
+        ValueError: no images, or shapes that disagree.
     """
-    _check(logits, labels)
-    if len(classes) != logits.shape[1]:
-        raise ValueError(
-            f"{len(classes)} class names for {logits.shape[1]} logits: there must be one name per "
-            "logit; take both from the same checkpoint"
-        )
 
-    def ece(logits: Tensor) -> float:
-        return expected_calibration_error(calibration_bins(logits, labels))
+    def plain(value: Tensor) -> float | None:
+        return None if value.isnan() else value.item()  # strict JSON knows no NaN
 
-    accuracies = per_class_accuracy(logits, labels).tolist()
+    def ece(scale: float) -> float:
+        return expected_calibration_error(calibration_bins(logits.double() / scale, labels))
+
+    scores = class_scores(confusion_matrix(logits, labels))
+    by_class = {
+        name: dict(zip(scores, map(plain, values), strict=True))
+        for name, *values in zip(classes, *scores.values(), strict=True)
+    }
     return {
         "n": len(labels),
         "loss": cross_entropy(logits, labels),
         "top1": top1(logits, labels),
         "top1_tta": None if logits_tta is None else top1(logits_tta, labels),
-        "per_class": {
-            name: None if math.isnan(accuracy) else accuracy
-            for name, accuracy in zip(classes, accuracies, strict=True)
-        },
-        "ece": ece(logits),
+        "per_class": {name: values["recall"] for name, values in by_class.items()},
+        "by_class": by_class,
+        "macro": {score: plain(values.nanmean()) for score, values in scores.items()},
+        "ece": ece(1.0),
         "temperature": temperature,
-        "ece_calibrated": None if temperature is None else ece(logits.double() / temperature),
+        "ece_calibrated": None if temperature is None else ece(temperature),
     }
 
 
 def _check(logits: Tensor, labels: Tensor) -> None:
     if logits.ndim != 2 or labels.shape != logits.shape[:1] or logits.numel() == 0:
-        raise ValueError(
-            f"logits {tuple(logits.shape)} with labels {tuple(labels.shape)}: they must be (N, C) "
-            "and (N,) with N of at least 1; predict the split the labels belong to"
-        )
-    if not logits.isfinite().all():
-        raise ValueError(
-            f"{int((~logits.isfinite()).sum())} logits are NaN or infinite: metrics need finite "
-            "ones; the network has diverged, train it with a lower --lr"
+        shapes = f"logits {tuple(logits.shape)} with labels {tuple(labels.shape)}"
+        raise ValueError(f"{shapes}: they must be (N, C) and (N,) with N of at least 1")
+    if unusable := int((~logits.isfinite()).sum()):
+        raise UnusableInput(
+            f"{unusable} of the network's outputs are NaN or infinite: the training has diverged; "
+            "train again with a lower --lr"
         )

@@ -1,93 +1,126 @@
-"""Which parameters are updated how: Adam, AdamW, and Muon for the convolutions."""
+"""Which parameters are updated how: Adam, AdamW, SGD, and Muon."""
 
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from config import TrainConfig
-
-MUON_MOMENTUM = 0.6
+MUON_LINEAR = 0.12  # learning rate of hidden linear layers, relative to the convolutions'
 
 
-def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
-    """Groups the trainable parameters for `make_optimizer`.
+def parameter_groups(
+    model: nn.Module,
+    *,
+    optimizer: str,
+    weight_decay: float,
+    bias_lr_scale: float = 1.0,
+    muon_lr_scale: float = 1.0,
+    lr_scale: float = 1.0,
+) -> list[dict[str, Any]]:
+    """Groups the trainable parameters for `make_optimizer`; empty groups are left out.
 
-    With AdamW, decay spares biases and BatchNorm: it would pull scales towards 0 without making the
-    function any simpler. Adam is the original project's: decay, coupled, on everything.
+    Decay spares biases and BatchNorm: it would pull scales towards 0 without making the function
+    any simpler. Only Adam, the original project's, decays everything, coupled to the loss. Muon
+    steps all kernels and matrices but the last, the classifier's.
+
+    Args:
+        model: its parameters with `requires_grad`.
+        optimizer: "adam", "adamw", "sgd" or "muon".
+        weight_decay: of matrices and kernels.
+        bias_lr_scale: learning rate of vectors (biases, BatchNorm), relative to the others'.
+        muon_lr_scale: that of the convolutions, where Muon steps them.
+        lr_scale: of this model as a whole.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
-    muon = [p for p in trained if p.ndim == 4 and config.optimizer == "muon"]
     vectors = [p for p in trained if p.ndim == 1]
-    matrices = [p for p in trained if p.ndim > 1 and not (muon and p.ndim == 4)]
-    decay = config.weight_decay
+    others = [p for p in trained if p.ndim > 1]
+    inner = others[:-1] if optimizer == "muon" else []
+    of_vectors = weight_decay if optimizer == "adam" else 0.0
     groups = [
-        {"params": matrices, "weight_decay": decay, "lr_scale": 1.0},
-        {
-            "params": vectors,
-            "weight_decay": decay if config.optimizer == "adam" else 0.0,
-            "lr_scale": config.bias_lr_scale,
-        },
-        {"params": muon, "lr_scale": config.muon_lr / config.lr, "momentum": MUON_MOMENTUM},
+        {"params": others[len(inner) :], "weight_decay": weight_decay, "lr_scale": lr_scale},
+        {"params": vectors, "weight_decay": of_vectors, "lr_scale": lr_scale * bias_lr_scale},
+        *(
+            {
+                "params": [p for p in inner if p.ndim == ndim],
+                "orthogonal": True,
+                "momentum": 0.6,
+                "lr_scale": lr_scale * muon_lr_scale * relative,
+            }
+            for ndim, relative in ((4, 1.0), (2, MUON_LINEAR))
+        ),
     ]
     return [group for group in groups if group["params"]]
 
 
-class MuonAdamW:
-    """Muon for the convolutions, AdamW for everything else, with the interface of an optimizer.
+def make_optimizer(
+    groups: list[dict[str, Any]], kind: str, lr: float, precision: str
+) -> torch.optim.Optimizer:
+    """An optimiser over groups that carry `lr_scale`, torch's own as one fused kernel.
 
-    Muon (Jordan 2024, https://kellerjordan.github.io/posts/muon) steps not along a layer's momentum
-    but along the matrix nearest to it whose singular values are all about 1, so that directions
-    with small gradients learn as well. As in airbench the layer is also brought to one norm, the
-    root of its outputs, which changes nothing in front of a BatchNorm and makes the learning rate
-    a share of it. `torch.optim.Muon` does neither that nor convolutions.
+    Each skips a step when its `found_inf` (a tensor) is not 0; see `engine.train_step`.
 
     Args:
-        convolutions: the group whose parameters (O, I, H, W) Muon takes.
-        adamw: over the other groups.
-        dtype: of Muon's matrix products.
+        groups: from `parameter_groups`.
+        kind: "adam", "adamw", "sgd" (Nesterov) or "muon".
+        lr: of a group whose `lr_scale` is 1.
+        precision: "fp32" or "bf16", of Muon's matrix products.
+    """
+    if kind == "muon":
+        return Muon(groups, lr, torch.bfloat16 if precision == "bf16" else torch.float32)
+    if kind == "sgd":
+        sgd = torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True, fused=True)
+        for parameter in (p for group in groups for p in group["params"]):
+            # Torch makes it in the first step, but leaves it unset should that be skipped.
+            sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return sgd
+    # As a CUDA graph replays it, the step must not need a number that only Python has.
+    on = {"fused": True, "capturable": groups[0]["params"][0].is_cuda}
+    if kind == "adam":
+        return torch.optim.Adam(groups, lr=lr, **on)
+    # beta2 0.99 forgets fast enough for runs of a few thousand steps; Adam's own is 0.999.
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.99), **on)
+
+
+class Muon(torch.optim.Optimizer):
+    """Steps along the matrix nearest to a layer's momentum whose singular values are all about 1.
+
+    So directions with small gradients learn as well (Jordan 2024, https://kellerjordan.github.io
+    /posts/muon). As in airbench each kernel is also brought to one norm, the root of its outputs,
+    which changes nothing in front of a BatchNorm and makes the learning rate a share of it.
+    `torch.optim.Muon` does neither that nor convolutions. Groups that are not `orthogonal` take
+    Nesterov's steps along the momentum itself.
+
+    Args:
+        groups: of parameters; those with `orthogonal` have two dimensions, or four.
+        lr: learning rate.
+        dtype: of the matrix products.
     """
 
-    found_inf: Tensor  # not 0: this step is to change nothing; see `engine.train_step`
+    found_inf: Tensor  # not 0: this step is to change nothing
 
-    def __init__(self, convolutions: dict[str, Any], adamw: torch.optim.AdamW, dtype: torch.dtype):
-        self.convolutions = {"lr": convolutions["lr_scale"] * adamw.defaults["lr"], **convolutions}
-        self.adamw, self.dtype = adamw, dtype
-        self.momenta = [torch.zeros_like(p) for p in convolutions["params"]]
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """All groups, whose `lr` may be set."""
-        return [*self.adamw.param_groups, self.convolutions]
+    def __init__(self, groups: list[dict[str, Any]], lr: float, dtype: torch.dtype):
+        usual = {"lr": lr, "momentum": 0.85, "weight_decay": 0.0, "orthogonal": False}
+        super().__init__(groups, usual)
+        self.dtype = dtype
 
     @torch.no_grad()
     def step(self) -> None:
         """Updates every parameter from its gradient."""
-        self.adamw.found_inf = self.found_inf
-        self.adamw.step()
-        lr, share = self.convolutions["lr"], self.convolutions["momentum"]
-        for weight, momentum in zip(self.convolutions["params"], self.momenta, strict=True):
-            momentum.mul_(share).add_(weight.grad)
-            ahead = weight.grad.add(momentum, alpha=share)  # Nesterov's
-            direction = orthogonalize(ahead.flatten(1).to(self.dtype)).view(weight.shape)
-            moved = weight * (len(weight) ** 0.5 / weight.norm()) - lr * direction
-            weight.copy_(torch.where(self.found_inf > 0, weight, moved))
-
-    def zero_grad(self) -> None:
-        """Forgets the gradients."""
+        skip = self.found_inf > 0
         for group in self.param_groups:
-            for p in group["params"]:
-                p.grad = None
-
-    def state_dict(self) -> dict[str, Any]:
-        """What `load_state_dict` takes."""
-        return {"adamw": self.adamw.state_dict(), "momenta": self.momenta}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from a saved state."""
-        self.adamw.load_state_dict(state["adamw"])
-        for momentum, saved in zip(self.momenta, state["momenta"], strict=True):
-            momentum.copy_(saved)
+            for weight in group["params"]:
+                if not self.state[weight]:
+                    self.state[weight]["momentum"] = torch.zeros_like(weight)
+                before, share = self.state[weight]["momentum"], group["momentum"]
+                gradient = weight.grad.add(weight, alpha=group["weight_decay"])
+                momentum = before * share + gradient
+                ahead, base = gradient.add(momentum, alpha=share), weight
+                if group["orthogonal"]:
+                    ahead = orthogonalize(ahead.flatten(1).to(self.dtype)).view(weight.shape)
+                    if weight.ndim == 4:
+                        base = weight * (len(weight) ** 0.5 / weight.norm())
+                weight.copy_(torch.where(skip, weight, base - group["lr"] * ahead))
+                before.copy_(torch.where(skip, before, momentum))
 
 
 def orthogonalize(matrix: Tensor, steps: int = 3) -> Tensor:
@@ -107,26 +140,3 @@ def orthogonalize(matrix: Tensor, steps: int = 3) -> Tensor:
         square = x @ x.T
         x = 3.4445 * x + (-4.775 * square + 2.0315 * square @ square) @ x
     return x
-
-
-def make_optimizer(
-    groups: list[dict[str, Any]], config: TrainConfig, precision: str
-) -> torch.optim.Optimizer | MuonAdamW:
-    """The configured optimizer over groups that carry `lr_scale`, Adam's as one fused kernel.
-
-    Args:
-        groups: from `parameter_groups`.
-        config: `optimizer` and `lr`.
-        precision: "fp32" or "bf16", of Muon's matrix products.
-    """
-    # As a CUDA graph replays it, the step must not need a number that only Python has.
-    on = {"fused": True, "capturable": groups[0]["params"][0].is_cuda}
-    if config.optimizer == "adam":
-        return torch.optim.Adam(groups, lr=config.lr, **on)
-    muon = [group for group in groups if "momentum" in group]
-    others = [group for group in groups if "momentum" not in group]
-    # beta2 0.99 forgets fast enough for runs of a few thousand steps; Adam's own is 0.999.
-    adamw = torch.optim.AdamW(others, lr=config.lr, betas=(0.9, 0.99), **on)
-    if not muon:
-        return adamw
-    return MuonAdamW(*muon, adamw, torch.bfloat16 if precision == "bf16" else torch.float32)

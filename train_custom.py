@@ -1,122 +1,131 @@
-"""Trains the nine-layer CNN on CIFAR-10 from scratch: `python train_custom.py --help`."""
+"""Trains the nine-layer CNN from scratch, on CIFAR-10 or on your own pictures."""
 
 import sys
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
+from runs import commandline, recipes, run
+from runs.settings import CustomSettings, sizes
 
-import cli
-import engine
-import records
-import runs
-from compute import predict, select_device, settle_precision
-from config import TrainConfig
-from data import Augmentation, Splits, TrainBatches, normalize
-from initialization import initialize_from_images
-from models import MODERN, WIDE, create_model
-from optimizers import parameter_groups
+if TYPE_CHECKING:
+    from torch import nn
 
-# A recipe is a named set of defaults; any flag given beside it wins.
-RECIPES = {
-    # What the project that this one replaces did, on the tutorial shape of the network.
-    "classic": {
-        "epochs": 30,
-        "batch_size": 128,
-        "lr": 1e-3,
-        "weight_decay": 0.01,
-        "optimizer": "adam",
-    },
-    "modern": {
-        "epochs": 24,
-        "batch_size": 256,
-        "lr": 3e-3,
-        # BatchNorm makes the convolutions scale-free, so that decay sets their effective step: the
-        # norm settles where a step turns the weights by sqrt(2 lr decay), here 5.5 %.
-        "weight_decay": 0.5,
-        "label_smoothing": 0.2,
-        "warmup": 0.2,
-        "bias_lr_scale": 8.0,
-        "flip": "alternating",
-        "translate": 4,
-        "cutout": 8,
-        "val_fraction": 0.02,  # a thousand images show the course of a run and fit a temperature
-    },
-}
-# Where time is short Muon learns more than AdamW, at a tenth more work a step.
-RECIPES["speedrun"] = RECIPES["modern"] | {"optimizer": "muon", "muon_lr": 0.1, "epochs": 3}
-# More width, more epochs, and a larger cutout against what both would learn by heart: on a CPU for
-# a night, on a large GPU for a minute.
-RECIPES["best"] = RECIPES["modern"] | {"epochs": 100, "cutout": 12}
-SURGERY = {"classic": {}, "modern": MODERN, "speedrun": MODERN, "best": WIDE}
+    from data import Splits, TrainBatches
+
+EXAMPLES = """\
+examples:
+  python train_custom.py                           the default recipe
+  python train_custom.py --recipe speedrun         in a hurry
+  python train_custom.py --limit 2000 --epochs 2   a try that takes a minute
+
+Weights go to checkpoints/NAME.pt, numbers and pictures to results/NAME/, with a
+page to watch the training on. Ctrl-C stops it; the same command with --resume
+goes on."""
 
 
-def parse(argv: list[str] | None) -> TrainConfig:
-    """Turns the command line into a config.
+def parse(argv: list[str] | None) -> CustomSettings:
+    """Turns the command line into settings.
 
     Raises:
-        ValueError: a flag is unknown or its value breaks a rule.
+        UnusableInput: a flag is unknown or its value breaks a rule.
     """
-    parser = cli.Parser(prog="train_custom.py", description=__doc__)
-    parser.add_argument("--recipe", choices=RECIPES, default="modern", help="set of defaults")
-    cli.add_flags(parser, TrainConfig)
-    given = vars(parser.parse_args(argv))
-    return TrainConfig(**RECIPES[given["recipe"]] | given)
+    parser = commandline.Parser("train_custom.py", __doc__, EXAMPLES)
+    defaults = recipes.by_name(recipes.BY_RECIPE, recipes.RECIPES, CustomSettings.recipe)
+    commandline.add_flags(parser, CustomSettings, defaults)
+    return recipes.custom(vars(parser.parse_args(argv)))
 
 
 def begin(
-    config: TrainConfig, splits: Splits, device: torch.device
-) -> tuple[nn.Module, TrainBatches]:
-    """The recipe's network as its training begins, channels_last, and the batches it is to see."""
-    torch.manual_seed(config.seed)
-    surgery = SURGERY[config.recipe]
-    model = create_model("custom_cnn", surgery)
+    settings: CustomSettings, splits: "Splits"
+) -> "tuple[nn.Module, dict[str, Any], TrainBatches]":
+    """The network as its training begins, how it is built, and the batches it is to see."""
+    import torch
+
+    import processes
+    from data import Augmentation, TrainBatches, normalize, resize
+    from models import NETWORKS, begin_from_images, create_model
+
+    torch.manual_seed(settings.seed)
+    side = settings.image_size or 32
+    surgery = NETWORKS[settings.network] | {"momentum": settings.batchnorm_momentum}
+    model = create_model("custom_cnn", surgery, len(splits.classes))
     if "whitened" in surgery:
         images = splits.train.images[:5000].cpu()
-        initialize_from_images(model, normalize(images, splits.mean, splits.std))
-    augmentation = Augmentation(config.flip, config.translate, config.cutout)
+        begin_from_images(model, resize(normalize(images, splits.stats), side))
     batches = TrainBatches(
-        splits.train, config.batch_size, splits.mean, splits.std, augmentation, config.seed
+        splits.train,
+        splits.stats,
+        settings.batch_size,
+        augmentation=Augmentation(settings.flip, settings.translate, settings.cutout),
+        seed=settings.seed,
+        side=side,
+        small_first=sizes(settings.small_first),
+        num_epochs=settings.epochs,
+        part=(processes.RANK, processes.SIZE),
     )
-    return model.to(device, memory_format=torch.channels_last), batches
+    device = splits.train.labels.device
+    return model.to(device, memory_format=torch.channels_last), surgery, batches
 
 
-def train(config: TrainConfig, command: str) -> None:
+def train(settings: CustomSettings, command: str) -> None:
     """Trains one network and leaves its checkpoint, numbers and pictures."""
-    device = select_device(config.device)
-    with runs.claim(config, "custom_cnn", command) as run:
-        splits = runs.load(config, device)
-        mean, std = splits.mean, splits.std
-        model, batches = begin(config, splits, device)
-        precision = settle_precision(config.precision, model, batches, run.state)
-        described = records.describe(
-            run,
-            config,
-            arch="custom_cnn",
-            surgery=SURGERY[config.recipe],
-            model=model,
-            splits=splits,
-            device=device,
-            precision=precision,
-        )
-        history = engine.fit(
+    # Not at the top: --help is to answer, and Ctrl-C to be heeded, before torch is loaded.
+    import engine
+    import processes
+    from data import inputs
+    from device import compile_or_not, repeatable, select_device
+    from optimizers import make_optimizer, parameter_groups
+    from runs import loading, records, reports
+    from runs.training import Training
+
+    repeatable()
+    with (
+        processes.joined(select_device(settings.device)) as device,
+        run.claim(settings, "custom_cnn", command) as claimed,
+    ):
+        splits, source = loading.load_splits(settings, device)
+
+        model, surgery, batches = begin(settings, splits)
+        weights = loading.start_weights(model, settings.weights, "custom_cnn", splits.classes)
+        reports.draw_batch(claimed, batches, splits)
+        precision = loading.settle_precision(settings, model, batches, claimed.state)
+
+        groups = parameter_groups(
             model,
-            parameter_groups(model, config),
-            batches,
-            records.validator(
-                splits,
-                lambda: predict(model, splits.val.images, mean, std, precision=precision)[0],
-            ),
-            config,
-            precision,
-            run.files(records.identity(described)),
-            run.state,
+            optimizer=settings.optimizer,
+            weight_decay=settings.weight_decay,
+            bias_lr_scale=settings.bias_lr_scale,
+            muon_lr_scale=settings.muon_lr / settings.lr,
         )
-        records.finish(run, described, model, splits, history, tta="crops")
+        optimizer = make_optimizer(groups, settings.optimizer, settings.lr, precision)
+        network = compile_or_not(processes.shared(model), settings.compile, device)
+
+        described = records.describe(
+            *(claimed, settings, model, splits, precision, batches.side, source),
+            arch="custom_cnn",
+            surgery=surgery,
+            start_weights=weights,
+        )
+        training = Training(claimed, settings, model, optimizer, batches, precision, described)
+
+        def validate() -> tuple[float, float]:
+            images = inputs(processes.own(splits.val.images), splits.stats, batches.side)
+            return engine.evaluate(model, images, splits.val.labels, precision)
+
+        history = training.follow(
+            engine.train(
+                *(network, optimizer, batches),
+                precision=precision,
+                progress=training.progress,
+                **loading.learning(settings),
+            ),
+            validate if splits.val else None,
+        )
+        reports.finish(training, model, splits, history, tta="crops")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the script; returns its exit code."""
-    return runs.main("train_custom.py", argv, lambda command: train(parse(argv), command))
+    return run.main("train_custom.py", argv, parse, train)
 
 
 if __name__ == "__main__":

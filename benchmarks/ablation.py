@@ -1,191 +1,177 @@
-"""What each ingredient of the default recipe is worth: one change at a time, the same epochs.
+"""What each ingredient of a recipe is worth: one change at a time, at the recipe's real length.
 
-A short proxy of the full training: 40,000 training images, accuracy on the 10,000 that are split
-off for validation; the test set is never read. The same seeds everywhere, so that the splits, the
-order and (where it can be) the first weights are equal.
+Trained on 45,000 images, judged on the 5,000 that are split off for validation; the test set is
+never read. The same seeds everywhere, so that the order and (where it can be) the first weights are
+equal; splits do not depend on the seed. A change that changes nothing in a recipe is left out.
 """
 
-import argparse
-import dataclasses
-import json
 import statistics
 import sys
-import tempfile
-from collections.abc import Iterator
+from argparse import Namespace
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
-from torch import Tensor
 
-import engine
-import initialization
 import metrics
-from compute import choose_precision, predict, select_device
-from config import TrainConfig
-from data import Augmentation, Splits, TrainBatches, load_splits, normalize
-from files import write_atomically, write_json
-from models import MODERN, create_model
-from optimizers import parameter_groups
-from records import measured
-from train_custom import RECIPES
+import models
+from benchmarks import common
+from data import Splits, make_splits
+from device import now
+from runs import recipes, reports
+from sources.cifar10 import cifar10
+from storage.files import write_atomically
 
-# One change each: a setting of the recipe or network, a step of the start, a kind of averaging.
+
+def _optimizer_of(recipe: str) -> dict[str, Any]:
+    keys = ("optimizer", "lr", "muon_lr", "weight_decay", "bias_lr_scale")
+    return {key: vars(recipes.custom({"recipe": recipe}))[key] for key in keys}
+
+
+# Settings, or: a step of the start that is left out, traits of the network, an averaging.
 VARIANTS: dict[str, dict[str, Any]] = {
     "everything": {},
-    "patches as they are, not whitened": {"without": "whiten"},
-    "random start": {"without": "begin_as_identity"},
-    "BatchNorm scales that train": {"without": "fix_batchnorm_scales"},
-    "pools at the end of each pair": {"pool_after": (2, 4, 6)},
-    "ReLU instead of GELU": {"activation": "relu"},
-    "Muon for the convolutions": {"optimizer": "muon", "muon_lr": 0.12},
-    "biases at the rate of the weights": {"bias_lr_scale": 1.0},
-    "weight decay 0.05": {"weight_decay": 0.05},
+    "full-size images from the start": {"small_first": ""},
+    "first half at 24 pixels": {"small_first": "0.5:24"},
+    "AdamW, with the rates of `modern`": _optimizer_of("modern"),
+    "Muon, with the rates of `speedrun`": _optimizer_of("speedrun"),
+    "cosine instead of a line": {"schedule": "cosine"},
+    "a line instead of the cosine": {"schedule": "linear"},
+    "warm-up over a fifth of the steps": {"warmup": 0.2},
     "no warm-up": {"warmup": 0.0},
+    "biases at the rate of the weights": {"bias_lr_scale": 1.0},
+    "BatchNorm momentum 0.1": {"batchnorm_momentum": 0.1},
+    "BatchNorm momentum 0.4": {"batchnorm_momentum": 0.4},
     "no label smoothing": {"label_smoothing": 0.0},
     "random flips": {"flip": "random"},
     "no translation": {"translate": 0},
     "no cutout": {"cutout": 0},
+    "patches as they are, not whitened": {"without": "whiten"},
+    "random start": {"without": "begin_as_identity"},
+    "BatchNorm scales that train": {"without": "fix_batchnorm_scales"},
+    "ReLU instead of GELU": {"traits": {"activation": "relu"}},
+    "pools at the end of each pair": {"traits": {"pool_after": (2, 4, 6)}},
     "average of the weights (EMA) added": {"averaging": "ema"},
     "Lookahead added": {"averaging": "lookahead"},
 }
 
 
-def start(splits: Splits, surgery: dict[str, Any], without: str | None) -> torch.nn.Module:
-    """A network as `initialization.initialize_from_images` leaves it, but for one step."""
-    model = create_model("custom_cnn", surgery)
-    x = normalize(splits.train.images[:5000].cpu(), splits.mean, splits.std)
-    steps = {
-        "whiten": lambda: initialization.whiten(model.features[0], x),
-        "begin_as_identity": lambda: initialization.begin_as_identity(model),
-        "fix_batchnorm_scales": lambda: initialization.fix_batchnorm_scales(model),
-    }
-    for name, step in steps.items():
-        if name != without:
-            step()
-    return model
-
-
-class AveragingBatches(TrainBatches):
-    """Batches that average the weights of `model` behind the step that was taken on each.
+def average(job: common.Job, kind: str | None, num_steps: int) -> None:
+    """Takes the steps of a training and averages the weights behind them, where `kind` says so.
 
     "ema" keeps a moving average of 20 steps aside, and the network becomes that at the end.
     "lookahead", as in airbench, lets it go on from an average every fifth step, of which more and
     more is old.
     """
-
-    def __init__(self, model: torch.nn.Module, kind: str, epochs: int, *options: Any):
-        super().__init__(*options)
-        self.kind, self.epochs = kind, epochs
-        self.weights = [v for v in model.state_dict().values() if v.is_floating_point()]
-        self.averages = [value.clone() for value in self.weights]
-
-    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields x (B, 3, H, W) float and labels (B,) from the given step; both count from 0."""
-        for step, batch in enumerate(super().epoch(epoch, first_step), first_step):
-            yield batch
-            done = (epoch + (step + 1) / self.num_steps) / self.epochs
-            if self.kind == "ema":
-                self._average(0.95, replace=done == 1)
-            elif step % 5 == 0 or done == 1:
-                self._average(0.95**5 * done**3, replace=True)
-
-    @torch.no_grad()
-    def _average(self, old: float, replace: bool) -> None:
-        for average, value in zip(self.averages, self.weights, strict=True):
-            average.lerp_(value, 1 - old)
-            if replace:
-                value.copy_(average)
+    weights = [value for value in job.model.state_dict().values() if value.is_floating_point()]
+    averages = [value.clone() for value in weights]
+    for done, _ in enumerate(job.images, start=1):
+        last = done == num_steps
+        if kind == "ema" or (kind and (done % 5 == 0 or last)):
+            old = 0.95 if kind == "ema" else 0.95**5 * (done / num_steps) ** 3
+            torch._foreach_lerp_(averages, weights, 1 - old)
+            if kind == "lookahead" or last:
+                torch._foreach_copy_(weights, averages)
 
 
-def train(change: dict[str, Any], epochs: int, seed: int, args: argparse.Namespace) -> dict:
-    """Trains a variant; returns its validation accuracy, plain and with TTA, and seconds."""
-    device = select_device(args.device)
-    surgery = {key: change.get(key, value) for key, value in MODERN.items()}
-    settings = RECIPES["modern"] | {"epochs": epochs, "seed": seed, "recipe": "modern"}
-    fields = {entry.name for entry in dataclasses.fields(TrainConfig)}
-    config = TrainConfig(**settings | {k: v for k, v in change.items() if k in fields})
-    splits = load_splits(args.data_dir, val_fraction=0.2, limit=None, seed=0, device=device)
-    torch.manual_seed(seed)
-    model = start(splits, surgery, change.get("without"))
-    model = model.to(device, memory_format=torch.channels_last)
-    augmentation = Augmentation(config.flip, config.translate, config.cutout)
-    statistics_ = splits.mean, splits.std
-    options = splits.train, config.batch_size, *statistics_, augmentation, seed
-    if kind := change.get("averaging"):
-        batches = AveragingBatches(model, kind, epochs, *options)
-    else:
-        batches = TrainBatches(*options)
-    precision, _ = choose_precision("auto", model, next(batches.epoch(0)), device)
-    with tempfile.TemporaryDirectory() as folder:
-        files = engine.RunFiles(Path(folder) / "state", Path(folder) / "history.csv", [], {})
-        groups = parameter_groups(model, config)
-        rows = engine.fit(model, groups, batches, None, config, precision, files)
-    both = predict(model, splits.val.images, *statistics_, precision=precision, tta="crops")
+def train(variant: str, seed: int, splits: Splits, args: Namespace) -> dict[str, Any] | None:
+    """Trains a variant; None where it is the recipe itself.
+
+    Returns:
+        Validation accuracy, plain and with TTA, seconds and operations.
+    """
+    usual = {"recipe": args.recipe, "seed": seed} | ({"epochs": args.epochs} if args.epochs else {})
+    change, usual = dict(VARIANTS[variant]), recipes.custom(usual)
+    without, traits = change.pop("without", None), change.pop("traits", {})
+    averaging = change.pop("averaging", None)
+    settings = replace(usual, **change)
+    network = models.NETWORKS[settings.network]
+    if (change and settings == usual) or (without and "whitened" not in network):
+        return None
+    with ExitStack() as stack:
+        if without:
+            stack.enter_context(mock.patch.object(models, without))
+        stack.enter_context(mock.patch.dict(models.NETWORKS, {settings.network: network | traits}))
+        job = common.Job(settings, splits)
+    begin = now(args.device)
+    average(job, averaging, settings.epochs * job.batches.num_steps)
+    seconds = now(args.device) - begin
+    both = reports.predict_split(job.model, splits.val, splits.stats, job.batches.side, "crops")
     plain, tta = (metrics.top1(logits, splits.val.labels.cpu()) for logits in both)
-    return {"top1": plain, "top1_tta": tta, "seconds": rows[-1]["seconds"]}
+    found = {"epochs": settings.epochs, "top1": plain, "top1_tta": tta, "seconds": seconds}
+    return found | {"flop": common.training_flop(job.model, job.batches)}
 
 
 INTRODUCTION = """\
-# What each ingredient of the default recipe is worth
+# What each ingredient of a recipe is worth
 
-Trainings of a few epochs on 40,000 images, judged on 10,000 that are split off for validation;
-`ablation.json` gives command, day and machine. So short a training makes much of warm-up and start
-and speaks against augmentation, which is meant for more. Worth is in points with TTA; where it is
-negative the change was better. Minutes are those of the fastest seed and no measure: some runs
-shared their cores, and the last two rows ran on faster ones.
-
+Trainings at their real length on 45,000 images, judged on 5,000 that are split off for validation;
+the json beside this gives command, day and machine. Accuracies are means and standard deviations
+over the seeds. Worth is in points with TTA, against "everything" on the same seeds; where it is
+negative the change was better. Minutes are those of the fastest seed.
 """
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: mean and spread over seeds of each variant, and what the change costs."""
-    lines = [
-        "| change | epochs | seeds | top-1 (%) | with TTA (%) | worth | minutes |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    full = None
-    for name in dict.fromkeys(row["variant"] for row in rows):
-        runs = [row for row in rows if row["variant"] == name]
-        cells = []
-        for key in ("top1", "top1_tta"):
-            values = [100 * run[key] for run in runs]
-            spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-            cells.append(f"{statistics.mean(values):.2f}{spread}")
-        mean = 100 * statistics.mean(run["top1_tta"] for run in runs)
-        full = mean if full is None else full
-        worth = "" if name == "everything" else f"{full - mean:+.2f}"
-        minutes = min(run["seconds"] for run in runs) / 60
-        epochs = "/".join(str(count) for count in sorted({run["epochs"] for run in runs}))
-        cells = [name, epochs, str(len(runs)), *cells, worth, f"{minutes:.1f}"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+def tables(rows: list[dict[str, Any]]) -> str:
+    """Markdown: what each change costs, a table a recipe and length."""
+    text = INTRODUCTION
+    for length in dict.fromkeys((row["recipe"], row["epochs"], row["limit"]) for row in rows):
+        runs: dict[str, dict[int, dict[str, Any]]] = {}
+        for row in rows:
+            if (row["recipe"], row["epochs"], row["limit"]) == length:
+                runs.setdefault(row["variant"], {})[row["seed"]] = row
+        full, cells = runs.get("everything", {}), []
+        for name, by_seed in runs.items():
+            worth = [
+                100 * (full[seed]["top1_tta"] - run["top1_tta"])
+                for seed, run in by_seed.items()
+                if seed in full and name != "everything"
+            ]
+            found = list(by_seed.values())
+            cells.append(
+                {
+                    **{"change": name, "seeds": str(len(found))},
+                    "top-1 (%)": common.spread([100 * run["top1"] for run in found]),
+                    "with TTA (%)": common.spread([100 * run["top1_tta"] for run in found]),
+                    "worth": common.spread(worth, "+.2f") if worth else "",
+                    "PFLOP": f"{statistics.mean(run['flop'] for run in found) / 1e15:.3f}",
+                    "minutes": f"{min(run['seconds'] for run in found) / 60:.1f}",
+                }
+            )
+        limit = f", {length[2]:,} images" if length[2] else ""
+        text += f"\n## `{length[0]}`, {length[1]} epochs{limit}\n\n{common.markdown(cells)}"
+    return text
 
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = common.parser(__file__, __doc__)
+    parser.add_argument("--recipe", choices=recipes.RECIPES, default="speedrun")
     parser.add_argument("--only", nargs="+", default=VARIANTS, choices=VARIANTS, metavar="NAME")
-    parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--data-dir", type=Path, default=Path("data"))
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--output", type=Path, help="add to this json, table beside it")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--epochs", type=int, help="default: the recipe's")
+    parser.add_argument("--limit", type=int, help="images of each split, to try this out")
     args = parser.parse_args()
-    earlier = args.output and args.output.exists()
-    rows = json.loads(args.output.read_text())["rows"] if earlier else []
+    options = {"val_fraction": 0.1, "limit": args.limit, "seed": 0, "device": args.device}
+    splits, rows = make_splits(cifar10(args.data_dir), **options), common.earlier(args)
+    epochs = args.epochs or recipes.custom({"recipe": args.recipe}).epochs
     for seed in args.seeds:
         for name in args.only:
-            result = train(VARIANTS[name], args.epochs, seed, args)
-            figures = {"variant": name, "epochs": args.epochs, "seed": seed, **result}
-            print(figures, flush=True)
-            rows.append(measured(figures, select_device(args.device)))
-            if args.output:
-                write_json(args.output, {"rows": rows})
-                write_atomically(args.output.with_suffix(".md"), INTRODUCTION + table(rows))
-    print(table(rows))
+            row = {"recipe": args.recipe, "variant": name, "seed": seed, "limit": args.limit}
+            known = row | {"epochs": epochs}
+            if any(known.items() <= earlier.items() for earlier in rows):
+                continue
+            if found := train(name, seed, splits, args):
+                rows.append(common.measured(row | found, args.device))
+                print({**row, **found}, flush=True)
+                common.write(args, rows)
+                write_atomically(args.output.with_suffix(".md"), tables(rows))
+    print(tables(rows))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,10 @@
-"""Lets every write, fsync, replace and open of a training fail in turn, and fills a real disk.
+"""Lets every write, fsync, replace, link, unlink, mkdir and open of a training fail in turn.
 
 After each fault the run must have ended with an exit code and one line, every file with a final
-name must be whole, and repeating the command (with `--resume` where there is a state) must give
-exactly the weights of the run without a fault.
+name must be whole, and repeating the command, which resumes, must give exactly the weights of the
+run without a fault. Then a training fills a real disk.
 """
 
-import argparse
 import builtins
 import contextlib
 import errno
@@ -19,23 +18,26 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import checkpoint
-import data
-import figures
-import files
-import records
+from matplotlib.figure import Figure
+
 import train_custom
+from benchmarks import common
 from benchmarks.torture import outcome
+from errors import UnusableInput
+from sources import cifar10
+from storage import checkpoint, files
 
 ARGUMENTS = (
     *("--recipe", "classic", "--limit", "64", "--batch-size", "32", "--precision", "fp32"),
-    *("--device", "cpu", "--epochs", "2", "--run-name", "custom_cnn"),
+    *("--device", "cpu", "--epochs", "2", "--run-name", "custom_cnn", "--resume"),
 )
 CODES = (errno.ENOSPC, errno.EIO, errno.EACCES)
-KINDS = ("write", "fsync", "replace", "mkstemp", "open")
+KINDS = ("write", "fsync", "replace", "link", "unlink", "mkdir", "open")
 
 
 @contextlib.contextmanager
@@ -46,78 +48,58 @@ def fault(kind: str, number: int, code: int) -> Iterator[list[int]]:
     """
     calls = [0]
 
-    def failing(function: Callable) -> Callable:
-        def call(*arguments, **options):
+    def failing(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
             calls[0] += 1
             if calls[0] == number:
+                if kind == "write":
+                    file, content = arguments
+                    function(file, bytes(content)[: len(content) // 2])
                 raise OSError(code, os.strerror(code))
             return function(*arguments, **options)
 
         return call
 
     class HalfFile(io.FileIO):
-        def write(self, content):
-            calls[0] += 1
-            if calls[0] == number:
-                super().write(bytes(content)[: len(content) // 2])
-                raise OSError(code, os.strerror(code))
-            return super().write(content)
+        write = failing(io.FileIO.write)
 
-    def opened(file, mode="r", *arguments, **options):
-        if kind == "write" and mode == "wb":
-            return HalfFile(file, "w")
-        return real_open(file, mode, *arguments, **options)
+    def opened(path: Path, mode: str = "r", *arguments: Any, **options: Any) -> Any:
+        if mode == "xb":  # as `files.write_atomically` opens
+            return HalfFile(path, "x")
+        return builtins.open(path, mode, *arguments, **options)
 
-    real_open, real_os_open = builtins.open, os.open
-
-    def failing_open(file, mode, *arguments, **options):
-        function = real_open if isinstance(mode, str) else real_os_open
-        return failing(function)(file, mode, *arguments, **options)
-
-    real = {
-        (os, "fsync"): os.fsync,
-        (os, "replace"): os.replace,
-        (tempfile, "mkstemp"): tempfile.mkstemp,
-    }
-    try:
+    with contextlib.ExitStack() as stack:
         if kind == "write":
-            files.open = opened
-        elif kind == "open":  # files, locks and the folders that are synced
-            files.open = os.open = failing_open
-        for (module, name), function in real.items():
-            if name == kind:
-                setattr(module, name, failing(function))
+            stack.enter_context(mock.patch.object(files, "open", opened, create=True))
+        else:
+            stack.enter_context(mock.patch.object(os, kind, failing(getattr(os, kind))))
+        if kind == "open":  # files and locks; `os.open` is for the folders that are synced
+            here = failing(builtins.open)
+            stack.enter_context(mock.patch.object(files, "open", here, create=True))
         yield calls
-    finally:
-        files.__dict__.pop("open", None)
-        os.open = real_os_open
-        for (module, name), function in real.items():
-            setattr(module, name, function)
 
 
 def train(data_dir: Path) -> tuple[int, str]:
-    """Runs or resumes the training in the working folder; returns exit code and stderr."""
-    state = Path("checkpoints/custom_cnn.resume.pt")
-    resume = ["--resume"] if state.exists() or checkpoint.previous(state).exists() else []
+    """Begins or resumes the training in the working folder; returns exit code and stderr."""
     error = io.StringIO()
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(error):
-        code = train_custom.main([*ARGUMENTS, *resume, "--data-dir", str(data_dir)])
+        code = train_custom.main([*ARGUMENTS, "--data-dir", str(data_dir)])
     return code, error.getvalue()
 
 
 def broken_files(folder: Path) -> list[str]:
     """Files whose name says that they are whole and whose content is not; and forgotten ones."""
     broken = [str(path) for path in folder.rglob("*.tmp")]
-    for path in (*folder.rglob("*.pt"), *folder.rglob("*.pt.previous")):
-        try:
-            checkpoint.load(path)
-        except ValueError:
-            broken.append(str(path))
-    for path in folder.rglob("*.json"):
-        try:
-            json.loads(path.read_text())
-        except ValueError:
-            broken.append(str(path))
+    for pattern, read in {
+        "*.pt": checkpoint.load,
+        "*.pt.previous": checkpoint.load,
+        "*.json": lambda path: json.loads(path.read_text()),
+    }.items():
+        for path in folder.rglob(pattern):
+            try:
+                read(path)
+            except (UnusableInput, ValueError):
+                broken.append(str(path))
     return broken
 
 
@@ -139,49 +121,43 @@ def inject(data_dir: Path, every: int = 1, report: bool = True) -> dict[str, int
     Args:
         data_dir: where CIFAR-10 is kept.
         every: inject only every n-th of these faults.
-        report: print a line a kind.
+        report: print a line a kind, and one for each fault that did harm.
     """
     counts = dict.fromkeys(("faults", "ended_badly", "broken_files", "differences"), 0)
-    with quick_pictures_and_data():
+    # Neither drawing nor reading is what fails here, and both would take most of the time.
+    with (
+        mock.patch.object(Figure, "savefig", lambda self, file, **_: file.write(b"PNG")),
+        mock.patch.object(cifar10, "cifar10", functools.cache(cifar10.cifar10)),
+    ):
         for kind in KINDS:
-            inject_kind(kind, data_dir, every, counts)
+            with empty_folder() as folder, fault(kind, 0, 0) as calls:
+                train(data_dir)
+                expected = outcome(folder)
+            each = [(number, code) for number in range(1, calls[0] + 1) for code in CODES]
+            for number, code in each[::every]:
+                found = inject_one(kind, number, code, data_dir, expected)
+                counts = {key: counts[key] + value for key, value in found.items()}
+                if report and any(list(found.values())[1:]):
+                    print(f"{kind} {number} {errno.errorcode[code]}: {found}", flush=True)
             if report:
                 print(f"{kind}: {counts}", flush=True)
     return counts
 
 
-@contextlib.contextmanager
-def quick_pictures_and_data() -> Iterator[None]:
-    """Writes a few bytes for each picture, the same way, and reads the data once.
-
-    Neither drawing nor reading is what fails here, and both would take most of the time.
-    """
-    save, read = figures._save, data.cifar10
-    figures._save = lambda figure, path: files.write_atomically(path, lambda f: f.write(b"PNG"))
-    data.cifar10 = functools.cache(read)
-    try:
-        yield
-    finally:
-        figures._save, data.cifar10 = save, read
-
-
-def inject_kind(kind: str, data_dir: Path, every: int, counts: dict[str, int]) -> None:
-    """Lets each call of one kind fail in turn with each of the three errors; adds to `counts`."""
+def inject_one(kind: str, number: int, code: int, data_dir: Path, expected: str) -> dict[str, int]:
+    """Lets one call fail, then repeats the command; returns what to add to the counts."""
     with empty_folder() as folder:
-        with fault(kind, 0, 0) as calls:
-            train(data_dir)
-        expected = outcome(folder)
-    each = [(number, code) for number in range(1, calls[0] + 1) for code in CODES]
-    for number, error_code in each[::every]:
-        with empty_folder() as folder:
-            with fault(kind, number, error_code) as done:
-                code, error = train(data_dir)
-            counts["faults"] += done[0] >= number
-            counts["ended_badly"] += code not in (0, 1, 2) or (code and error.count("\n") != 1)
-            counts["broken_files"] += len(broken_files(folder))
-            if code:
-                counts["ended_badly"] += train(data_dir)[0] != 0
-            counts["differences"] += outcome(folder) != expected
+        with fault(kind, number, code) as calls:
+            exit_code, error = train(data_dir)
+        broken = broken_files(folder)
+        badly = exit_code not in (0, 1, 2) or (exit_code and error.count("\n") != 1)
+        if exit_code and not badly:
+            badly = train(data_dir)[0] != 0
+        different = outcome(folder) != expected
+    return {
+        **{"faults": calls[0] >= number, "ended_badly": bool(badly)},
+        **{"broken_files": len(broken), "differences": different},
+    }
 
 
 def fill_disk(data_dir: Path) -> dict[str, int] | None:
@@ -213,17 +189,13 @@ def fill_disk(data_dir: Path) -> dict[str, int] | None:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data-dir", type=Path, default=Path("data"))
-    parser.add_argument("--output", type=Path, help="write the counts to this json")
+    parser = common.parser(__file__, __doc__, "cpu")
+    parser.add_argument("--every", type=int, default=1, help="inject only every n-th fault")
     args = parser.parse_args()
-    counts = {
-        "injected": inject(args.data_dir.resolve()),
-        "full_disk": fill_disk(args.data_dir.resolve()),
-    }
+    data_dir = args.data_dir.resolve()
+    counts = {"injected": inject(data_dir, args.every), "full_disk": fill_disk(data_dir)}
     print(f"full disk: {counts['full_disk']}")
-    if args.output:
-        files.write_json(args.output, records.measured(counts))
+    common.write(args, counts)
     bad = ("ended_badly", "broken_files", "differences", "exit_code_with_room")
     never_full = (counts["full_disk"] or {"exit_code": 1})["exit_code"] != 1
     sys.exit(never_full or any((part or {}).get(key) for part in counts.values() for key in bad))

@@ -4,63 +4,49 @@ Both sides are `finetune.py` itself, run in turn on some of the images; the time
 training and, where the trunk is computed once, of that; both sides compute in one precision.
 """
 
-import argparse
 import json
 import statistics
 import sys
 import tempfile
+from argparse import Namespace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import finetune
-from files import write_json
-from models import ARCHS
-from records import measured
+from benchmarks import common
+from runs.recipes import NETWORKS
+
+KEYS = ("arch", "unfreeze", "epochs", "limit", "precision")
 
 
-def seconds(arch: str, cache: str, args: argparse.Namespace) -> float:
+def seconds(cache: str, args: Namespace) -> float:
     """Trains once; returns the seconds its config.json gives."""
     with tempfile.TemporaryDirectory() as folder:
-        code = finetune.main(
-            [
-                *("--arch", arch, "--weights", "none", "--unfreeze", args.unfreeze, cache),
-                *("--epochs", str(args.epochs), "--limit", str(args.limit), "--val-fraction", "0"),
-                *("--precision", args.precision, "--device", "cpu"),
-                *("--data-dir", str(args.data_dir), "--checkpoint-dir", folder),
-                *("--results-dir", folder),
-            ]
-        )
-        if code:
+        flags = [text for key in KEYS for text in (f"--{key}", str(getattr(args, key)))]
+        flags += ["--weights", "none", "--val-fraction", "0", "--device", str(args.device), cache]
+        flags += ["--data-dir", str(args.data_dir), "--checkpoint-dir", folder]
+        if code := finetune.main([*flags, "--results-dir", folder]):
             raise SystemExit(code)
-        return json.loads((Path(folder) / arch / "config.json").read_text())["train_seconds"]
+        return json.loads(Path(folder, args.arch, "config.json").read_text())["train_seconds"]
 
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--arch", choices=ARCHS, default="resnet18")
+    parser = common.parser(__file__, __doc__)
+    parser.add_argument("--arch", choices=NETWORKS, default="resnet18")
     parser.add_argument("--unfreeze", choices=("head", "last"), default="last")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--limit", type=int, default=2000, help="images")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--data-dir", type=Path, default=Path("data"))
-    parser.add_argument("--output", type=Path, help="write the figures to this json")
     args = parser.parse_args()
-    rounds = [
-        {cache: seconds(args.arch, cache, args) for cache in ("--cache", "--no-cache")}
-        for _ in range(args.rounds)
-    ]
+    sides = ("--cache", "--no-cache")
+    rounds = [{side: seconds(side, args) for side in sides} for _ in range(args.rounds)]
     ratio = statistics.median(each["--cache"] / each["--no-cache"] for each in rounds)
-    print(
-        f"{args.epochs} epochs of {args.arch} --unfreeze {args.unfreeze}: {ratio:.2f} of the time"
-    )
-    if args.output:
-        keys = ("arch", "unfreeze", "epochs", "limit", "precision")
-        settings = {key: vars(args)[key] for key in keys}
-        found = {"ratio": round(ratio, 3), "seconds": rounds}
-        write_json(args.output, measured(settings | found))
+    print(f"{args.arch} --unfreeze {args.unfreeze}: {ratio:.2f} of the time")
+    chosen = {key: getattr(args, key) for key in KEYS}
+    common.write(args, chosen | {"ratio": round(ratio, 3), "seconds": rounds})
 
 
 if __name__ == "__main__":

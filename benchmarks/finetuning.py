@@ -1,31 +1,33 @@
 """Accuracy against minutes for ways to fine-tune: input size, what trains, learning rate.
 
 Every try is `finetune.py`'s own training on the first images alone, judged on 5,000 that are split
-off from the training set; the test set is never read. A try is the flags of the script as one text:
+off from the training set; the test set is never judged on. A try is the script's flags as one text:
 
     python benchmarks/finetuning.py --arch resnet18 --tries "--image-size 64" "--image-size 96"
 
 What was tried before stays in the csv; the figure shows all of it, and the committed full runs.
 """
 
-import argparse
 import csv
 import io
 import json
 import shlex
 import sys
 import tempfile
+from argparse import Namespace
 from datetime import date
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import figures
 import finetune
-import runs
-from files import write_atomically
-from models import ARCHS
+from benchmarks import common
+from runs import history, reports
+from runs.recipes import NETWORKS
+from storage.files import write_atomically
 
 COLUMNS = (
     *("arch", "weights", "flags", "images", "epoch", "minutes", "val_accuracy"),
@@ -33,26 +35,29 @@ COLUMNS = (
 )
 
 
-def train(flags: list[str], data_dir: Path) -> list[dict[str, Any]]:
+def train(flags: str, args: Namespace) -> list[dict[str, Any]]:
     """Trains once; returns a row for each epoch, with the minutes since the start."""
-    with tempfile.TemporaryDirectory() as folder:
-        folders = ["--data-dir", str(data_dir), "--checkpoint-dir", folder, "--results-dir", folder]
-        config = finetune.parse([*flags, "--val-fraction", "0.1", *folders])
-        with runs.claim(config, config.arch, "") as run:
-            described, _, history = finetune.fit(config, run, finetune.load(config))
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(reports, "finish") as finish:
+        options = ["--arch", args.arch, "--weights", args.weights, "--limit", str(args.limit)]
+        options += ["--data-dir", str(args.data_dir), "--device", str(args.device)]
+        options += ["--checkpoint-dir", folder, "--results-dir", folder, "--val-fraction", "0.1"]
+        finetune.train(finetune.parse([*options, *shlex.split(flags)]), "")
+    training, _, _, rows, *_ = finish.call_args.args  # what would judge on the test set is left out
+    described = training.described
+    same = {
+        **{"arch": args.arch, "weights": Path(args.weights).name, "flags": flags},
+        **{"images": described["splits"]["train"], "precision": described["precision"]},
+        **{"hardware": described["environment"]["hardware"], "date": date.today().isoformat()},
+    }
     return [
-        {
-            "weights": Path(config.weights).name,
-            "images": described["splits"]["train"],
-            "epoch": row["epoch"],
-            "minutes": round(row["seconds"] / 60, 2),
-            "val_accuracy": row["val_accuracy"],
-            "precision": described["precision"],
-            "hardware": described["environment"]["hardware"],
-            "date": date.today().isoformat(),
-        }
-        for row in history
+        same | {k: row[k] for k in ("epoch", "val_accuracy")} | {"minutes": minutes(row)}
+        for row in rows
     ]
+
+
+def minutes(row: dict[str, Any]) -> float:
+    """Minutes of a row of the history."""
+    return round(float(row["seconds"]) / 60, 2)
 
 
 def full_runs(results_dir: Path) -> list[dict[str, Any]]:
@@ -60,52 +65,40 @@ def full_runs(results_dir: Path) -> list[dict[str, Any]]:
     rows = []
     for path in sorted(results_dir.glob("*/test.json")):  # which a run writes last
         run = json.loads(path.with_name("config.json").read_text(encoding="utf-8"))
-        if run["arch"] in ARCHS:
-            with open(path.with_name("history.csv"), newline="", encoding="utf-8") as file:
-                rows += [
-                    {
-                        "arch": run["arch"],
-                        "hardware": run["environment"]["hardware"],
-                        "flags": f"full run {run['name']}",
-                        "minutes": float(row["seconds"]) / 60,
-                        "val_accuracy": row["val_accuracy"],
-                    }
-                    for row in csv.DictReader(file)
-                    if row["val_accuracy"]
-                ]
+        same = {"arch": run["arch"], "flags": f"full run {run['name']}"}
+        same["hardware"] = run["environment"]["hardware"]
+        rows += [
+            same | {"val_accuracy": row["val_accuracy"], "minutes": minutes(row)}
+            for row in history.read(path.with_name("history.csv"))
+            if row["val_accuracy"] and run["arch"] in NETWORKS
+        ]
     return rows
 
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--arch", choices=ARCHS, default="resnet18")
+    parser = common.parser(__file__, __doc__)
+    parser.set_defaults(output=common.RESULTS / "finetuning.csv")
+    parser.add_argument("--arch", choices=NETWORKS, default="resnet18")
     parser.add_argument("--tries", nargs="*", default=[], metavar="FLAGS")
     parser.add_argument("--weights", default="imagenet")
     parser.add_argument("--limit", type=int, default=8000, help="training images")
-    parser.add_argument("--data-dir", type=Path, default=Path("data"))
-    parser.add_argument("--results-dir", type=Path, default=Path("results"))
+    parser.add_argument("--runs", type=Path, default=common.RESULTS.parent / "reference")
     args = parser.parse_args()
-    path = args.results_dir / "finetuning.csv"
-    rows = []
-    if path.exists():
-        with open(path, newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
+    rows = history.read(args.output)
     for flags in args.tries:
-        common = ["--arch", args.arch, "--weights", args.weights, "--limit", str(args.limit)]
-        for row in train([*common, *shlex.split(flags)], args.data_dir):
-            rows.append({"arch": args.arch, "flags": flags, **row})
+        rows += train(flags, args)
         text = io.StringIO()
         writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-        write_atomically(path, text.getvalue())
+        write_atomically(args.output, text.getvalue())
     lines = [row | {"flags": f"{row['flags']} ({int(row['images']):,} images)"} for row in rows]
-    lines += full_runs(args.results_dir)
+    lines += full_runs(args.runs)
     if not lines:
         parser.error("nothing tried yet: give --tries FLAGS ...")
-    lines.sort(key=lambda row: (list(ARCHS).index(row["arch"]), row["hardware"]))
-    figures.accuracy_by_minutes(lines, args.results_dir / "finetuning.png")
+    lines.sort(key=lambda row: (NETWORKS.index(row["arch"]), row["hardware"]))
+    figures.accuracy_by_minutes(lines, args.output.with_suffix(".png"))
 
 
 if __name__ == "__main__":

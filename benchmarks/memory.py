@@ -5,7 +5,6 @@ command to the first training step. The CNN is trained on all images, fine-tunin
 needs more memory and time for the cached features of all, whose size a run says.
 """
 
-import argparse
 import os
 import subprocess
 import sys
@@ -15,55 +14,50 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from files import write_json
-from history import HEADER
-from models import ARCHS
-from records import measured
-from train_custom import RECIPES
+from benchmarks import common
+from runs.history import HEADER
+from runs.recipes import NETWORKS, RECIPES
 
 ROOT = Path(__file__).parent.parent
-SHORT = ("--epochs", "1", "--device", "cpu")
-SOME = ("--limit", "2000", "--weights", "none", "--unfreeze", "last")
-JOBS = {
-    **{
-        f"train_custom.py, {recipe}": ("train_custom.py", "--recipe", recipe, *SHORT)
-        for recipe in RECIPES
-    },
-    **{f"finetune.py, {arch}": ("finetune.py", "--arch", arch, *SHORT, *SOME) for arch in ARCHS},
-}
+BYTES, SECONDS = 1.5e9, 6.0  # no recipe is to take more
+SOME = "--limit 2000 --weights none --unfreeze last"
+JOBS = [f"train_custom.py --recipe {recipe}" for recipe in RECIPES]
+JOBS += [f"finetune.py --arch {arch} {SOME}" for arch in NETWORKS]
 
 
-def run(arguments: tuple[str, ...], data_dir: Path) -> dict[str, float]:
+def run(job: str, data_dir: Path) -> dict[str, float]:
     """Runs a script in an empty folder; returns the bytes it held at most, and its start-up."""
+    command = [sys.executable, *f"{ROOT}/{job} --epochs 1 --device cpu --data-dir".split()]
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, str(ROOT / arguments[0]), *arguments[1:]]
         begin = time.perf_counter()
         process = subprocess.Popen(
-            [*command, "--data-dir", str(data_dir)], cwd=folder, stdout=subprocess.PIPE, text=True
+            [*command, str(data_dir)], cwd=folder, stdout=subprocess.PIPE, text=True
         )
         for line in process.stdout:
             if line.rstrip("\n") == HEADER:  # which the first step follows
                 seconds = time.perf_counter() - begin
         _, status, usage = os.wait4(process.pid, 0)
     if status:
-        raise SystemExit(f"{' '.join(command)}: exit code {os.waitstatus_to_exitcode(status)}")
+        raise SystemExit(f"{job}: exit code {os.waitstatus_to_exitcode(status)}")
     peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return {"peak_bytes": peak, "startup_seconds": round(seconds, 2)}
 
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data-dir", type=Path, default=Path("data"))
-    parser.add_argument("--output", type=Path, help="write the figures to this json")
+    parser = common.parser(__file__, __doc__, "cpu")
+    parser.add_argument("--only", nargs="+", default=[""], help="jobs that contain such a word")
+    parser.add_argument("--more", default="", metavar="FLAGS", help="for every job")
     args = parser.parse_args()
-    rows = {}
-    for name, arguments in JOBS.items():
-        rows[name] = run(arguments, args.data_dir.resolve())
-        peak, seconds = rows[name].values()
-        print(f"{name:<34} {peak / 1e9:.2f} GB, first step after {seconds:.1f} s", flush=True)
-    if args.output:
-        write_json(args.output, measured({"jobs": rows}))
+    rows, over = {}, False
+    for job in JOBS:
+        if any(word in job for word in args.only):
+            rows[job] = run(f"{job} {args.more}", args.data_dir.resolve())
+            peak, seconds = rows[job].values()
+            over |= SOME not in job and (peak > BYTES or seconds > SECONDS)
+            print(f"{job}: {peak / 1e9:.2f} GB, first step after {seconds:.1f} s", flush=True)
+    common.write(args, {"jobs": rows})
+    sys.exit(over)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 
@@ -47,23 +48,12 @@ def damaged(content: bytes, chance: random.Random) -> bytes:
 
 def odd_value(chance: random.Random, trace: Path) -> Any:
     """A value that has no place where it is put."""
-    return chance.choice(
-        (
-            lambda: None,
-            lambda: -1,
-            lambda: 10**30,
-            lambda: float("nan"),
-            lambda: "../../outside",
-            lambda: [],
-            lambda: {"a": [1, 2]},
-            lambda: torch.zeros(3, dtype=torch.int8),
-            lambda: torch.full((2, 2), float("nan")),
-            lambda: torch.zeros(1).expand(10**9),
-            lambda: torch.eye(3).to_sparse(),
-            lambda: Code(trace),
-            endless,
-        )
-    )()
+    tensors = (
+        *(torch.zeros(3, dtype=torch.int8), torch.full((2, 2), float("nan"))),
+        *(torch.zeros(1).expand(10**9), torch.eye(3).to_sparse()),
+    )
+    plain = (None, -1, 10**30, float("nan"), "../../outside", [], {"a": [1, 2]})
+    return chance.choice((*plain, *tensors, Code(trace), endless()))
 
 
 def endless() -> list:
@@ -114,4 +104,26 @@ def compressed(content: bytes) -> bytes:
         for member in source.infolist():
             packed.writestr(member.filename, source.read(member))
         packed.writestr("archive/data/bomb", bytes(50_000_000))
+    return buffer.getvalue()
+
+
+def hostile_npz(arrays: dict[str, np.ndarray], chance: random.Random, trace: Path) -> bytes:
+    """A sound npz with an array of code, of 8 GB of zeros, of another type, or without one."""
+    arrays, one = dict(arrays), chance.choice(list(arrays))
+    kind, buffer = chance.randrange(4), io.BytesIO()
+    if kind == 0:
+        arrays[one] = np.array([Code(trace)], dtype=object)
+    elif kind == 1:
+        arrays[one] = arrays[one].astype(chance.choice((np.float64, np.int16, np.bool_)))
+    elif kind == 2:
+        del arrays[one]
+    np.savez(buffer, **arrays)
+    if kind < 3:
+        return buffer.getvalue()
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        header, {"descr": "|u1", "fortran_order": False, "shape": (8 * 10**9,)}
+    )
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr(f"{one}.npy", header.getvalue())
     return buffer.getvalue()

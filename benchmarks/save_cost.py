@@ -1,6 +1,10 @@
-"""What saving the state of the default training costs, as a share of the training's time."""
+"""What saving the state costs each recipe, as a share of its training's time.
 
-import argparse
+Saves are counted by the rule of `runs.training`: at most one an epoch, none before 20 times its own
+duration has passed, and one every few minutes.
+"""
+
+import math
 import statistics
 import sys
 import tempfile
@@ -9,51 +13,47 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import torch
-
-import checkpoint
-import engine
-from compute import train_mode
-from config import TrainConfig
-from files import write_json
-from models import MODERN, create_model
-from optimizers import make_optimizer, parameter_groups
-from records import measured
-from train_custom import RECIPES
+import train_custom
+from benchmarks import common
+from runs.recipes import RECIPES
+from storage import checkpoint
 
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--epoch-seconds", type=float, required=True, help="see history.csv")
-    parser.add_argument("--output", type=Path, help="write the figures to this json")
+    parser = common.parser(__file__, __doc__)
+    parser.add_argument("--only", nargs="+", choices=RECIPES, default=RECIPES)
+    parser.add_argument("--steps", type=int, default=10, help="that are timed")
     args = parser.parse_args()
-    config = TrainConfig(**RECIPES["modern"])
-    model = create_model("custom_cnn", MODERN)
-    train_mode(model)
-    optimizer = make_optimizer(parameter_groups(model, config), config, "fp32")
-    x, labels = torch.randn(8, 3, 32, 32), torch.arange(8)
-    engine.train_step(model, optimizer, "fp32", 0.0, x, labels, config.lr)  # fills the moments
-    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-    times = []
-    with tempfile.TemporaryDirectory(dir=".") as folder:
-        path = Path(folder) / "it.resume.pt"
-        for _ in range(10):
-            begin = time.perf_counter()
-            checkpoint.save_state(path, state)
-            times.append(time.perf_counter() - begin)
-        size = path.stat().st_size
-    # A save at each epoch's end, and within a long epoch one every few minutes.
-    saves = 1 + args.epoch_seconds // (60 * config.save_every)
-    result = {
-        "megabytes": round(size / 1e6, 1),
-        "seconds_per_save": round(statistics.median(times), 3),
-        "epoch_seconds": args.epoch_seconds,
-        "share_of_training": round(saves * statistics.median(times) / args.epoch_seconds, 5),
-    }
-    print(result)
-    if args.output:
-        write_json(args.output, measured(result))
+    rows = []
+    for recipe in args.only:
+        settings = train_custom.parse(["--recipe", recipe])
+        job = common.Job(settings, common.splits(settings, args))
+        common.rate(job.images, 2, args.device)  # which fills the moments
+        epoch = job.batches.num_images / common.rate(job.images, args.steps, args.device)
+        state = {"model": job.model.state_dict(), "optimizer": job.optimizer.state_dict()}
+        times = []
+        with tempfile.TemporaryDirectory(dir=".") as folder:
+            path = Path(folder) / "it.resume.pt"
+            for _ in range(10):
+                begin = time.perf_counter()
+                checkpoint.save_state(path, state)
+                times.append(time.perf_counter() - begin)
+            size = path.stat().st_size
+        save, training = statistics.median(times), epoch * settings.epochs
+        saves = settings.epochs / max(1, math.ceil(20 * save / epoch))
+        saves += training / (60 * settings.save_every)
+        rows.append(
+            {
+                "recipe": recipe,
+                "megabytes": round(size / 1e6, 1),
+                "seconds_per_save": round(save, 3),
+                "epoch_seconds": round(epoch, 1),
+                "share_of_training": round(saves * save / training, 5),
+            }
+        )
+        print(rows[-1], flush=True)
+    common.write(args, {"rows": rows})
 
 
 if __name__ == "__main__":

@@ -1,17 +1,18 @@
-"""Seconds and FLOPs to 87.26, 90, 93 and 94 % test accuracy.
+"""Minutes and operations to 87.26, 90, 93, 94, 95 and 96 % test accuracy.
 
-A schedule that ends earlier is a training of its own: an accuracy counts as reached by a run that
-was planned for its number of epochs, from its start to its last step, not by a moment of a longer
-one. So every row is a complete run; the answer for an accuracy is the shortest that reaches it.
-The plain loop is that of `throughput.py`, on the classic network.
+A schedule that ends earlier is a training of its own: an accuracy counts as reached by a training
+that was planned for its number of epochs, from its start to its last step, not by a moment of a
+longer one. So every row is a complete run; the answer for an accuracy is the shortest whose mean
+over its seeds reaches it. The plain loop is that of `throughput.py`, on the classic network.
 """
 
-import argparse
 import json
+import statistics
 import sys
 import tempfile
-import time
+from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -19,118 +20,114 @@ import torch
 
 import metrics
 import train_custom
-from benchmarks.throughput import plain_steps, step_flop
-from compute import now, predict, select_device
-from config import TrainConfig
-from data import load_splits
-from files import write_json
+from benchmarks import common
+from device import now
 from models import create_model
-from records import measured
+from runs import recipes, reports
+from storage.files import write_atomically
 
-TARGETS = (0.8726, 0.90, 0.93, 0.94)  # the first is what the original project ended at
+TARGETS = (0.8726, 0.90, 0.93, 0.94, 0.95, 0.96)  # the first is what the original project ended at
 RUNS = (
-    "speedrun:3",
-    "modern:3",
-    "modern:6",
-    "modern:13",
-    "modern:24",
-    "best:28",
-    "classic:10",
-    "classic:30",
-    "plain:10",
+    *("speedrun:6", "speedrun:8", "speedrun:10", "modern:12", "modern:24", "best:24", "best:100"),
+    *("classic:10", "classic:30", "plain:10"),
 )
+VIEWS = {"top1": "Top-1 (%)", "top1_tta": "With TTA (%)"}
 
 
-def ours(
-    recipe: str, epochs: int, data_dir: Path, seed: int, device: torch.device
-) -> dict[str, float]:
+def ours(recipe: str, epochs: int, seed: int, args: Namespace) -> dict[str, float]:
     """A complete run of `train_custom.py`."""
     with tempfile.TemporaryDirectory() as folder:
-        places = ["--checkpoint-dir", f"{folder}/checkpoints", "--results-dir", f"{folder}/results"]
-        code = train_custom.main(
-            [
-                *("--recipe", recipe, "--epochs", str(epochs), "--seed", str(seed)),
-                *("--data-dir", str(data_dir), "--device", device.type, *places),
-            ]
-        )
-        if code:
+        flags = [
+            *("--recipe", recipe, "--epochs", str(epochs), "--seed", str(seed)),
+            *("--data-dir", str(args.data_dir), "--device", str(args.device)),
+            *("--checkpoint-dir", folder, "--results-dir", folder),
+            *(["--limit", str(args.limit)] if args.limit else []),
+        ]
+        if code := train_custom.main(flags):
             raise SystemExit(code)
-        results = Path(folder) / "results" / "custom_cnn"
-        test = json.loads((results / "test.json").read_text())
-        config = json.loads((results / "config.json").read_text())
-    return {
-        "seconds": config["train_seconds"],
-        "images": epochs * config["splits"]["train"],
-        "top1": test["top1"],
-        "top1_tta": test["top1_tta"],
-    }
+        results = Path(folder) / "custom_cnn"
+        test, config = (json.loads((results / f"{n}.json").read_text()) for n in ("test", "config"))
+    settings = train_custom.parse(flags)
+    model, _, batches = train_custom.begin(settings, common.splits(settings, args))
+    flop = common.training_flop(model, batches)
+    return {"flop": flop, "seconds": config["train_seconds"], **{k: test[k] for k in VIEWS}}
 
 
-def plain(epochs: int, data_dir: Path, seed: int, device: torch.device) -> dict[str, float]:
+def plain(epochs: int, seed: int, args: Namespace) -> dict[str, float]:
     """The tutorial's loop for as many epochs, constant learning rate, on all training images."""
-    splits = load_splits(data_dir, val_fraction=0, limit=None, seed=0, device=device)
+    settings = recipes.custom({"recipe": "classic", "val_fraction": 0.0, "limit": args.limit})
+    splits = common.splits(settings, args)
     torch.manual_seed(seed)
-    model = create_model("custom_cnn", {})
-    images, begin = 0, time.perf_counter()
-    # The loop drops the last, partial batch of an epoch; so does the count.
-    num_images = epochs * (len(splits.train.labels) // 128) * 128
-    for size in plain_steps(splits.train, splits.mean, splits.std, model, 128, device):
-        images += size
-        if images >= num_images:
-            break
-    seconds = now(device) - begin
-    both = predict(model, splits.test.images, splits.mean, splits.std, tta="crops")
-    top1, top1_tta = (metrics.top1(logits, splits.test.labels.cpu()) for logits in both)
-    return {"seconds": seconds, "images": images, "top1": top1, "top1_tta": top1_tta}
+    model, size = create_model("custom_cnn", {}, len(splits.classes)), settings.batch_size
+    steps = epochs * (len(splits.train.labels) // size)  # the loop drops an epoch's partial batch
+    begin = now(args.device)
+    images = common.plain_steps(splits.train, splits.stats, model, size, args.device)
+    count = sum(next(images) for _ in range(steps))
+    seconds, flop = now(args.device) - begin, float(count * common.flop(model, 32))
+    both = reports.predict_split(model, splits.test, splits.stats, 32, "crops")
+    scores = (metrics.top1(logits, splits.test.labels.cpu()) for logits in both)
+    return {"flop": flop, "seconds": seconds, **dict(zip(VIEWS, scores, strict=True))}
 
 
-def flop(recipe: str, images: float) -> float:
-    """Operations of a training on so many images; the plain loop's is of the classic network."""
-    return images * step_flop(create_model("custom_cnn", train_custom.SURGERY.get(recipe, {})))
+def tables(rows: list[dict[str, Any]]) -> str:
+    """Markdown: every training with its cost; then the shortest that reaches each accuracy."""
+    groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["side"], row["epochs"]), []).append(row)
 
+    def mean(group: list[dict[str, Any]], key: str) -> float:
+        return statistics.mean(row[key] for row in group)
 
-def answers(rows: list[dict], key: str) -> list[str]:
-    """A line for each target and side: the shortest run that reaches it."""
-    lines = []
-    for target in TARGETS:
-        for side in dict.fromkeys(row["side"] for row in rows):
-            good = [row for row in rows if row["side"] == side and row[key] >= target]
-            best = min(good, key=lambda row: row["seconds"], default=None)
-            said = (
-                f"{best['seconds']:7,.1f} seconds, {best['flop'] / 1e15:.3f} PFLOP, "
-                f"{best['epochs']} epochs"
-                if best
-                else "not reached by these runs"
-            )
-            lines.append(f"{100 * target:.2f} %  {side:<8} {said}")
-    return lines
+    text = common.markdown(
+        [
+            {
+                **{"Training": side, "Epochs": str(epochs), "Seeds": str(len(group))},
+                **{VIEWS[k]: common.spread([100 * row[k] for row in group]) for k in VIEWS},
+                "PFLOP": f"{mean(group, 'flop') / 1e15:.3f}",
+                "Minutes": f"{mean(group, 'seconds') / 60:.2f}",
+            }
+            for (side, epochs), group in groups.items()
+        ]
+    )
+
+    def answer(side: str, key: str, target: float) -> str:
+        good = [g for (of, _), g in groups.items() if of == side and mean(g, key) >= target]
+        if not good:
+            return "not reached"
+        best = min(good, key=lambda group: mean(group, "seconds"))
+        cost = f"{mean(best, 'seconds') / 60:.2f} min, {mean(best, 'flop') / 1e15:.3f} PFLOP"
+        return f"{cost}, {best[0]['epochs']} epochs"
+
+    sides = dict.fromkeys(side for side, _ in groups)
+    for key, title in VIEWS.items():
+        answers = [
+            {title: f"{100 * target:.2f}", **{side: answer(side, key, target) for side in sides}}
+            for target in TARGETS
+        ]
+        text += f"\n{common.markdown(answers)}"
+    return text
 
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = common.parser(__file__, __doc__)
     parser.add_argument("runs", nargs="*", default=RUNS, metavar="SIDE:EPOCHS")
-    parser.add_argument("--data-dir", type=Path, default=Path("data"))
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, help="add the rows to this json")
+    parser.add_argument("--only", nargs="+", help="of these recipes alone, or plain")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--limit", type=int, help="images of each split, to try this out")
     args = parser.parse_args()
-    device = select_device(args.device)
-    earlier = args.output and args.output.exists()
-    rows = json.loads(args.output.read_text())["rows"] if earlier else []
-    for run in args.runs:
-        side, _, epochs = run.partition(":")
-        TrainConfig(epochs=int(epochs))
-        options = int(epochs), args.data_dir, args.seed, device
-        row = plain(*options) if side == "plain" else ours(side, *options)
-        setting = {"side": side, "epochs": int(epochs), "seed": args.seed}
-        figures = {**setting, "flop": flop(side, row["images"]), **row}
-        print(figures, flush=True)
-        rows.append(measured(figures, device))
-        if args.output:
-            write_json(args.output, {"rows": rows})
-    for key, title in (("top1", "plain"), ("top1_tta", "averaged over six views (TTA)")):
-        print(f"\n{title}", *answers(rows, key), sep="\n")
+    rows = common.earlier(args)
+    for seed in args.seeds:
+        for side, _, epochs in (run.partition(":") for run in args.runs):
+            if args.only and side not in args.only:
+                continue
+            options = int(epochs), seed, args
+            figures = plain(*options) if side == "plain" else ours(side, *options)
+            row = {"side": side, "epochs": int(epochs), "seed": seed, "limit": args.limit}
+            rows.append(common.measured(row | figures, args.device))
+            common.write(args, rows)
+            write_atomically(args.output.with_suffix(".md"), tables(rows))
+    print(tables(rows))
 
 
 if __name__ == "__main__":

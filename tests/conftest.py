@@ -1,33 +1,41 @@
+import csv
+import importlib
+import os
 import subprocess
 import sys
+from itertools import count
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
+import torch
 
-import downloads
-import files
+import data
+from runs import reports
+from sources import cifar10
+from storage import checkpoint
+from storage.files import sha256
 
 ROOT = Path(__file__).parent.parent
 SAMPLE = Path(__file__).parent / "sample.npz"  # the first 320 training and 80 test images
+PICTURES = {name: getattr(reports, name) for name in ("draw", "draw_batch")}
+
+# Beside another load several threads only wait for each other.
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+torch.set_num_threads(1)
+
+CPU = ("--batch-size", "32", "--epochs", "1", "--precision", "fp32", "--device", "cpu")
+SMALL = ("train_custom", "--recipe", "classic", *CPU)  # the quickest run; its name is custom_cnn
 
 
 def use_sample(data_dir: Path) -> None:
     """Makes the carried sample pass for CIFAR-10 in this process, cached in `data_dir`."""
     with np.load(SAMPLE) as arrays:
-        sample = dict(arrays)
-    downloads.SHA256 = {name: files.sha256(array.tobytes()) for name, array in sample.items()}
+        sample = {name: arrays[name] for name in cifar10.SHA256}
+    cifar10.SHA256 = {name: sha256(array.tobytes()) for name, array in sample.items()}
     data_dir.mkdir(parents=True, exist_ok=True)
     np.savez(data_dir / "cifar10.npz", **sample)
-
-
-@pytest.fixture
-def workplace(tmp_path, monkeypatch):
-    """An empty working folder whose `data/` holds the sample."""
-    monkeypatch.setattr(downloads, "SHA256", downloads.SHA256)  # restored afterwards
-    monkeypatch.chdir(tmp_path)
-    use_sample(tmp_path / "data")
-    return tmp_path
 
 
 @pytest.fixture
@@ -36,38 +44,117 @@ def sample():
         return dict(arrays)
 
 
-# Starts a script in a process of its own, as a user would, but on the sample; `before` is Python
-# that runs first, to inject a fault.
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """An empty working folder whose `data/` holds the sample; runs there draw no pictures."""
+    monkeypatch.setattr(cifar10, "SHA256", cifar10.SHA256)  # restored afterwards
+    for name in PICTURES:  # they would take most of the time
+        monkeypatch.setattr(reports, name, lambda *_: None)
+    monkeypatch.chdir(tmp_path)
+    use_sample(tmp_path / "data")
+    return tmp_path
+
+
+@pytest.fixture
+def drawing(workplace, monkeypatch):
+    """As `workplace`, with pictures."""
+    for name, function in PICTURES.items():
+        monkeypatch.setattr(reports, name, function)
+
+
+class Done(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def run(workplace, capsys):
+    """A function that runs a script in this process, on the sample: `run("evaluate", "a.pt")`."""
+
+    def run(script: str, *arguments: str) -> Done:
+        capsys.readouterr()
+        code = importlib.import_module(script).main([*map(str, arguments)])
+        return Done(code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def refused(run):
+    """A function that runs a script whose input is unusable and returns the line that says so."""
+
+    def refused(*command: str) -> str:
+        done = run(*command)
+        assert (done.code, done.err.count("\n")) == (2, 1), done
+        return done.err
+
+    return refused
+
+
+@pytest.fixture
+def signal_at(monkeypatch):
+    """A function that makes this process send itself a signal at a step from now on.
+
+    Steps count from 1, over all trainings; a run that is not resumed makes one more, to choose its
+    precision.
+    """
+    epoch = data.TrainBatches.epoch
+
+    def arrange(step: int, number: int) -> None:
+        steps = count(1)
+
+        def counted(self, *arguments):
+            for batch in epoch(self, *arguments):
+                if next(steps) == step:
+                    os.kill(os.getpid(), number)
+                yield batch
+
+        monkeypatch.setattr(data.TrainBatches, "epoch", counted)
+
+    return arrange
+
+
+# Runs a script, or Python alone, in a process of its own on the sample; `before` is Python that
+# runs first, to inject a fault.
 LAUNCH = """
 import sys; from pathlib import Path
 sys.path[:0] = [{root!r}, {tests!r}]
 import conftest; conftest.use_sample(Path("data"))
+vars(conftest.reports).update(dict.fromkeys(conftest.PICTURES, lambda *_: None))
 {before}
 import {script}; sys.exit({script}.main(sys.argv[1:]))
 """
+PIPED = {"env": ENVIRONMENT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+
+
+def command(script: str, *arguments: str, before: str = "") -> list[str]:
+    tests = str(ROOT / "tests")
+    code = LAUNCH.format(root=str(ROOT), tests=tests, before=before, script=script)
+    return [sys.executable, "-W", "error", "-c", code, *arguments]
 
 
 def run_python(code: str, cwd: Path) -> str:
     """Runs Python in a process of its own on the sample; returns what it printed last."""
-    launch = LAUNCH.split("{before}")[0] + "{before}"
-    code = launch.format(root=str(ROOT), tests=str(ROOT / "tests"), before=code)
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    words = command("train_custom", before=code + "\nsys.exit()")
+    done = subprocess.run(words, cwd=cwd, **PIPED, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()[-1]
 
 
 def start(script: str, *arguments: str, cwd: Path, before: str = "") -> subprocess.Popen:
-    code = LAUNCH.format(root=str(ROOT), tests=str(ROOT / "tests"), before=before, script=script)
-    return subprocess.Popen(
-        [sys.executable, "-W", "error", "-c", code, *arguments],
-        cwd=cwd,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    return subprocess.Popen(command(script, *arguments, before=before), cwd=cwd, **PIPED)
+
+
+def rows(run_dir: Path) -> list[dict[str, str]]:
+    """The history of a run without the columns that depend on the machine's mood."""
+    with open(run_dir / "history.csv", newline="") as file:
+        timings = "images_per_second", "seconds"
+        return [{k: v for k, v in row.items() if k not in timings} for row in csv.DictReader(file)]
+
+
+def outcome(folder: Path | str, name: str = "custom_cnn") -> tuple:
+    """What must not depend on how often a run was interrupted: weights, numbers, history."""
+    content = checkpoint.load(Path(folder, f"checkpoints/{name}.pt"))
+    weights = checkpoint.digest(dict(content["state_dict"]))
+    return weights, content["metrics"], rows(Path(folder, "results", name))

@@ -1,43 +1,66 @@
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 
 import data
-import downloads
+
+HALF = data.ChannelStats((0.5,) * 3, (0.25,) * 3)
+CPU = torch.device("cpu")
+CHANGES = {"flip": "random", "translate": 2, "cutout": 6}
 
 
 @pytest.fixture
 def split(sample):
-    return data.Split(
-        torch.from_numpy(sample["train_images"]),
-        torch.arange(len(sample["train_images"])),  # labels that name the image
-    )
+    images = torch.from_numpy(sample["train_images"])
+    return data.Split(images, torch.arange(len(images)))  # labels that name the image
 
 
-def batches(split, batch_size=48, seed=0, **augmentation):
-    return data.TrainBatches(
-        split, batch_size, [0.5] * 3, [0.25] * 3, data.Augmentation(**augmentation), seed
-    )
+def batches(split, batch_size=48, seed=0, flip="none", translate=0, cutout=0, **options):
+    changes = data.Augmentation(flip, translate, cutout)
+    return data.TrainBatches(split, HALF, batch_size, augmentation=changes, seed=seed, **options)
 
 
-def test_channel_stats_equal_those_of_all_pixels(sample):
+ALONE = """
+import sys; sys.path.insert(0, "."); import data, numpy, torch
+images = numpy.random.default_rng(0).integers(0, 256, (40, 24, 20, 3), numpy.uint8)
+labels = numpy.arange(40) % 4
+arrays = data.Arrays(tuple("abcd"), images, labels, images[:8], labels[:8])
+splits = data.make_splits(arrays, val_fraction=0.2, limit=None, seed=0, device=torch.device("cpu"))
+changes = data.Augmentation("random", 2, 4)
+batches = data.TrainBatches(splits.train, splits.stats, 10, augmentation=changes, side=24)
+for x, y in batches.epoch(0):
+    assert (x.shape, len(y), x.std() > 0.5) == ((8, 3, 24, 24), 8, True)
+assert [len(s.labels) for s in (splits.train, splits.val, splits.test)] == [32, 8, 8]
+"""
+
+
+def test_data_alone_makes_augmented_batches_from_given_arrays(tmp_path):
+    shutil.copy(ROOT / "data.py", tmp_path)
+    words = [sys.executable, "-I", "-W", "error", "-c", ALONE]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+def test_channel_stats_equal_those_of_all_pixels_and_the_known_ones(sample):
     images = sample["train_images"]
     mean, std = data.channel_stats(images)
     pixels = images.reshape(-1, 3).astype(np.float64) / 255
     np.testing.assert_allclose(mean, pixels.mean(0), rtol=1e-12)
     np.testing.assert_allclose(std, pixels.std(0), rtol=1e-9)
-
-
-def test_channel_stats_of_the_whole_training_set_are_the_known_ones():
     # How often each value occurs in each channel of the 50,000 images; the order does not matter.
     counts = np.load(Path(__file__).parent / "histogram.npy")
     channels = [np.repeat(np.arange(256, dtype=np.uint8), row) for row in counts]
-    images = np.stack(channels, axis=1).reshape(50_000, 32, 32, 3)
-    mean, std = data.channel_stats(images)
+    mean, std = data.channel_stats(np.stack(channels, axis=1).reshape(50_000, 32, 32, 3))
     np.testing.assert_allclose(mean, [0.49139968, 0.48215841, 0.44653091], atol=5e-9)
     np.testing.assert_allclose(std, [0.24703223, 0.24348513, 0.26158784], atol=5e-9)
+    flat = np.full((4, 8, 8, 3), 200, np.uint8)  # one colour: nothing to divide by
+    assert data.normalize(torch.from_numpy(flat), data.channel_stats(flat)).isfinite().all()
 
 
 def test_split_is_stratified_seeded_and_disjoint(sample):
@@ -48,36 +71,64 @@ def test_split_is_stratified_seeded_and_disjoint(sample):
         assert (labels[val] == label).sum() == round(0.25 * (labels == label).sum())
     assert np.array_equal(val, data.stratified_split(labels, 0.25, seed=3)[1])
     assert not np.array_equal(val, data.stratified_split(labels, 0.25, seed=4)[1])
+    train, _ = data.stratified_split(np.array([0, 0, 0, 1]), 0.9, seed=0)
+    assert {label > 2 for label in train.tolist()} == {False, True}  # every class keeps one
+
+
+def test_limit_takes_the_first_images_of_each_split_and_statistics_are_those_of_training(sample):
+    arrays = data.Arrays(tuple("abcdefghij"), *sample.values())
+    options = {"limit": 20, "seed": 0, "device": CPU}
+    splits = data.make_splits(arrays, val_fraction=0.1, **options)
+    assert [len(s.labels) for s in splits[2:]] == [20, 20, 20]
+    assert np.array_equal(splits.test.images.numpy(), sample["test_images"][:20])
+    assert splits.stats == data.channel_stats(splits.train.images.numpy())
+    assert data.make_splits(arrays, val_fraction=0.0, **options).val is None
+    brought = arrays._replace(val_images=sample["test_images"], val_labels=sample["test_labels"])
+    splits = data.make_splits(brought, val_fraction=0.1, **options)
+    assert np.array_equal(splits.train.images.numpy(), sample["train_images"][:20])
+    assert np.array_equal(splits.val.images.numpy(), sample["test_images"][:20])
 
 
 @pytest.mark.parametrize("batch_size", [7, 48, 319, 320])
-def test_every_image_is_seen_exactly_once_an_epoch(split, batch_size):
+def test_every_image_is_seen_exactly_once_an_epoch_in_batches_of_one_size(split, batch_size):
     loader = batches(split, batch_size)
     seen = [labels for _, labels in loader.epoch(0)]
-    assert len(seen) == loader.num_steps
     assert torch.equal(torch.cat(seen).sort().values, split.labels)
-    sizes = [len(labels) for labels in seen]
-    assert max(sizes) <= batch_size
-    assert max(sizes) - min(sizes) <= 1
+    sizes = {len(labels) for labels in seen}
+    assert max(sizes) <= min(batch_size, min(sizes) + 1)
+    assert len(seen) == loader.num_steps
 
 
-def test_batches_depend_on_seed_epoch_and_step_alone(split):
-    options = {"flip": "random", "translate": 2, "cutout": 6}
-    loader = batches(split, **options)
+def test_batches_depend_on_seed_epoch_and_step_alone_and_parts_of_processes_make_them_up(split):
+    loader = batches(split, **CHANGES)
     list(loader.epoch(0))  # what ran before must not matter
     whole = list(loader.epoch(4))
-    entered = list(batches(split, **options).epoch(4, first_step=3))
-    assert len(entered) == len(whole) - 3
-    for (x, labels), (other, other_labels) in zip(entered, whole[3:], strict=True):
-        assert torch.equal(x, other)
-        assert torch.equal(labels, other_labels)
+    parts = [batches(split, **CHANGES, part=(rank, 3)).epoch(4) for rank in range(3)]
+    joined = [tuple(map(torch.cat, zip(*those, strict=True))) for those in zip(*parts, strict=True)]
+    for given, first in ((batches(split, **CHANGES).epoch(4, first_step=3), 3), (joined, 0)):
+        for (x, labels), (other, others) in zip(given, whole[first:], strict=True):
+            assert torch.equal(x, other)
+            assert torch.equal(labels, others)
     assert not torch.equal(next(loader.epoch(5))[1], whole[0][1])
     assert not torch.equal(next(batches(split, seed=1).epoch(4))[1], whole[0][1])
 
 
+def test_small_images_come_first_and_the_share_of_the_work_rises_to_one(split):
+    plan = {"small_first": ((0.3, 16), (0.6, 24)), "num_epochs": 2}
+    loader = batches(split, 32, **plan)  # 2 epochs of 10 steps
+    sides = [x.shape[2] for epoch in (0, 1) for x, _ in loader.epoch(epoch)]
+    assert sides == [16] * 6 + [24] * 6 + [32] * 8
+    entered = next(batches(split, 32, **plan).epoch(1, first_step=1))[0]
+    assert torch.equal(entered, list(loader.epoch(1))[1][0])
+    shares = [loader.share_done(epoch, step) for epoch in (0, 1) for step in range(10)]
+    shares.append(loader.share_done(2, 0))
+    np.testing.assert_allclose(np.diff(shares), np.square(sides) / np.square(sides).sum())
+    assert (shares[0], shares[-1]) == (0, pytest.approx(1))
+
+
 def test_alternating_flip_shows_each_image_both_ways_in_two_epochs(split):
     loader = batches(split, flip="alternating")
-    plain = data.normalize(split.images, loader.mean, loader.std)
+    plain = data.normalize(split.images, HALF)
 
     def mirrored(epoch):
         flags = torch.zeros(len(plain), dtype=torch.bool)
@@ -95,35 +146,27 @@ def test_alternating_flip_shows_each_image_both_ways_in_two_epochs(split):
 
 def test_translation_agrees_with_cropping_a_reflected_border(split):
     shifts = torch.tensor([[dy, dx] for dy in (-2, 0, 2) for dx in (-2, 1)])
-    chosen = torch.arange(len(shifts)) * 5
-    moved = data.gather(split.images, chosen, torch.zeros(len(chosen), dtype=torch.bool), shifts)
+    chosen, images = torch.arange(len(shifts)) * 5, split.images[:, :, :20]  # not square
+    moved = data.gather(images, chosen, torch.zeros(len(chosen), dtype=torch.bool), shifts)
     for index, (dy, dx), image in zip(chosen, shifts.tolist(), moved, strict=True):
-        padded = np.pad(split.images[index].numpy(), ((2, 2), (2, 2), (0, 0)), mode="reflect")
-        expected = padded[2 - dy : 34 - dy, 2 - dx : 34 - dx]
-        assert np.array_equal(image.numpy(), expected)
+        padded = np.pad(images[index].numpy(), ((2, 2), (2, 2), (0, 0)), mode="reflect")
+        assert np.array_equal(image.numpy(), padded[2 - dy : 34 - dy, 2 - dx : 22 - dx])
 
 
-def test_cutout_blanks_one_square_to_the_mean(split):
+def test_cutout_blanks_one_square_to_the_mean():
     x = torch.ones(2, 3, 32, 32)
     data.erase(x, torch.tensor([[-3, 4], [10, 30]]), side=8)
-    assert (x[0] == 0).sum() == 3 * 5 * 8
-    assert (x[1] == 0).sum() == 3 * 8 * 2
+    assert (x == 0).sum((1, 2, 3)).tolist() == [3 * 5 * 8, 3 * 8 * 2]
     assert (x[0, :, :5, 4:12] == 0).all()
 
 
-def test_normalised_batches_are_channels_last_and_invertible(split):
-    mean, std = data.channel_stats(split.images.numpy())
-    x = data.normalize(split.images, mean, std)
-    assert x.shape == (320, 3, 32, 32)
-    assert x.is_contiguous(memory_format=torch.channels_last)
-    torch.testing.assert_close(x.mean((0, 2, 3)), torch.zeros(3), atol=1e-4, rtol=0)
-    torch.testing.assert_close(x.std((0, 2, 3)), torch.ones(3), atol=1e-4, rtol=0)
-
-
-def test_limit_takes_the_first_images_of_each_split(workplace):
-    splits = data.load_splits(
-        workplace / "data", val_fraction=0.1, limit=20, seed=0, device=torch.device("cpu")
-    )
-    assert [len(s.labels) for s in (splits.train, splits.val, splits.test)] == [20, 20, 20]
-    arrays = downloads.cifar10(workplace / "data")
-    assert np.array_equal(splits.test.images.numpy(), arrays.test_images[:20])
+def test_inputs_are_normalised_whole_and_fewer_at_a_time_where_they_are_large(split):
+    stats = data.channel_stats(split.images.numpy())
+    plain = torch.cat(list(data.inputs(split.images, stats, 32)))
+    assert torch.equal(plain, data.normalize(split.images, stats))
+    assert plain.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(plain.mean((0, 2, 3)), torch.zeros(3), atol=1e-4, rtol=0)
+    torch.testing.assert_close(plain.std((0, 2, 3)), torch.ones(3), atol=1e-4, rtol=0)
+    parts = list(data.inputs(split.images, stats, 64, batch_size=100))
+    assert [len(part) for part in parts] == [25] * 12 + [20]
+    assert (data.resize(torch.cat(parts), 32) - plain).abs().mean() < 0.1

@@ -1,95 +1,159 @@
+import csv
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT, SMALL
 from PIL import Image
 
-import checkpoint
-import compute
-import evaluate
+import data
 import metrics
-import train_custom
+from engine import predict
+from storage import checkpoint
+from storage.files import write_json
+
+REPORT = Path("results/custom_cnn/test.json")
+
+
+def report(path=REPORT):
+    return json.loads(Path(path).read_text())
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+    return tmp_path_factory.mktemp("kept")
 
 
 @pytest.fixture
-def trained(workplace):
-    arguments = [
-        "--recipe",
-        "classic",
-        "--batch-size",
-        "64",
-        "--epochs",
-        "1",
-        "--precision",
-        "fp32",
-    ]
-    assert train_custom.main(arguments) == 0
-    return workplace / "checkpoints/custom_cnn.pt"
+def trained(run, kept, workplace):
+    """The checkpoint of a run in the working folder; trained once for all tests."""
+    if not (kept / "checkpoints").exists():
+        assert run(*SMALL).code == 0
+        for name in ("checkpoints", "results"):
+            shutil.copytree(name, kept / name)
+    shutil.copytree(kept, workplace, dirs_exist_ok=True)
+    return Path("checkpoints/custom_cnn.pt")
 
 
-def test_evaluation_repeats_the_numbers_of_the_training_on_all_test_images(trained, capsys):
-    path = trained.parent.parent / "results/custom_cnn/test.json"
-    before = json.loads(path.read_text())
-    assert evaluate.main([str(trained), "--tta", "crops", "--batch-size", "7"]) == 0
-    after = json.loads(path.read_text())
-    for key in ("n", "top1", "top1_tta", "per_class", "checkpoint_sha256"):
+def test_evaluation_repeats_the_numbers_of_the_training_on_all_test_images(run, trained):
+    before, described = report(), REPORT.with_name("config.json").read_bytes()
+    done = run("evaluate", trained, "--tta", "crops", "--batch-size", "7")
+    after = report()
+    for key in ("n", "top1", "top1_tta", "per_class", "checkpoint_sha256", "temperature"):
         assert after[key] == before[key], key
     assert after["loss"] == pytest.approx(before["loss"])
-    output = capsys.readouterr().out
-    assert f"{100 * after['top1']:.2f} % of 80 test images" in output
-    assert "airplane" in output
+    assert REPORT.with_name("config.json").read_bytes() == described
+    assert f"{100 * after['top1']:.2f} % of 80 test images" in done.out
+    for words in ("airplane", "macro average"):
+        assert words in done.out
+    # Without views an earlier number over views stays; elsewhere config.json comes from the file.
+    assert run("evaluate", trained, "--results-dir", "other").code == 0
+    alone = report("other/custom_cnn/test.json")
+    assert (alone["top1"], alone["top1_tta"]) == (before["top1"], None)
+    assert "| classic" in Path("other/README.md").read_text()
+    assert run("evaluate", trained).code == 0
+    assert report()["top1_tta"] == before["top1_tta"]
 
 
-def test_every_finished_checkpoint_is_compared_and_the_table_is_written(trained, capsys):
-    (trained.parent / "other.resume.pt").write_bytes(b"unfinished")
-    capsys.readouterr()
-    assert evaluate.main([]) == 0
-    output = capsys.readouterr().out
-    assert "custom_cnn" in output
-    assert "other" not in output
-    assert max(map(len, output.splitlines())) <= 80
-    table = (trained.parent.parent / "results/README.md").read_text()
-    assert "custom_cnn" in table
+def test_every_finished_checkpoint_is_compared_and_a_bad_one_is_named(run, trained):
+    trained.with_name("other.resume.pt").write_bytes(b"unfinished")
+    trained.with_name("broken.pt").write_bytes(b"no checkpoint")
+    done = run("evaluate")
+    assert (done.code, done.err.count("\n")) == (2, 1)
+    assert "broken.pt" in done.err
+    assert "custom_cnn" in done.out
+    assert "other" not in done.out + done.err
+    assert max(map(len, done.out.splitlines())) <= 80
+    assert "custom_cnn" in Path("results/README.md").read_text()
 
 
-def test_own_pictures_are_classified_and_an_unreadable_one_is_named(
-    trained, tmp_path, sample, capsys
-):
-    folder = tmp_path / "photos"
-    folder.mkdir()
+def test_a_folder_with_the_results_of_another_checkpoint_is_left_alone(refused, trained):
+    write_json(REPORT, report() | {"checkpoint_sha256": "0" * 64})
+    before = REPORT.read_bytes()
+    assert "give --results-dir" in refused("evaluate", trained)
+    assert REPORT.read_bytes() == before
+
+
+def test_a_run_on_part_of_the_data_is_judged_on_that_part(run, trained):
+    content = checkpoint.load(trained)
+    checkpoint.save(trained, content | {"name": "part", "config": {"limit": 16}})
+    assert run("evaluate", trained).code == 0
+    assert report("results/part/test.json")["n"] == 16
+
+
+def test_own_pictures_are_classified_and_an_unreadable_one_is_named(run, refused, trained, sample):
     for index in range(2):
-        Image.fromarray(sample["test_images"][index]).resize((90, 60)).save(folder / f"{index}.jpg")
-    (folder / "broken.png").write_text("no picture")
-    capsys.readouterr()
-    assert evaluate.main([str(trained), "--predict", str(folder)]) == 2
-    printed = capsys.readouterr()
-    lines = printed.out.splitlines()
-    assert [line.split()[0] for line in lines] == ["0.jpg", "1.jpg"]
-    assert all(line.count("%") == 3 for line in lines)
-    assert "broken.png" in printed.err
-    assert "1 of 3" in printed.err
+        image = Image.fromarray(sample["test_images"][index]).resize((90, 60))
+        Path("photos").mkdir(exist_ok=True)
+        image.save(f"photos/{index}.jpg")
+    Path("photos/\x1b[31m\nbroken.png").write_text("no picture")
+    done = run("evaluate", trained, "--predict", "photos", "--figure", "seen.png")
+    lines = done.out.splitlines()
+    assert [line.split()[0] for line in lines] == ["0.jpg", "1.jpg", "drawn"]
+    assert all(line.count("%") == 3 for line in lines[:2])
+    assert (done.code, done.err.count("\n")) == (2, 2)
+    assert "broken.png" in done.err
+    assert "1 of 3" in done.err
+    assert "\x1b" not in done.out + done.err
+    with Image.open("seen.png") as image:
+        assert image.width > 300
+    assert "no pictures there" in refused("evaluate", trained, "--predict", "checkpoints")
 
 
-@pytest.mark.parametrize("content", [b"", b"text", b"\x89PNG\r\n\x1a\n" + bytes(60), None])
-def test_what_is_no_checkpoint_is_one_line_and_exit_code_2(trained, tmp_path, capsys, content):
-    path = tmp_path / "it.pt"
-    path.write_bytes(trained.read_bytes()[:-5000] if content is None else content)
-    assert evaluate.main([str(path)]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    assert "it.pt" in error
+def test_class_names_of_a_foreign_checkpoint_do_not_reach_the_terminal_raw(
+    run, refused, trained, sample
+):
+    content = checkpoint.load(trained)
+    names = [f"\x1b[2J\n{name}" for name in content["classes"]]
+    checkpoint.save(trained, content | {"classes": names})
+    Image.fromarray(sample["test_images"][0]).save("a.png")
+    done = run("evaluate", trained, "--predict", "a.png")
+    assert (done.code, done.out.count("\n")) == (0, 1)
+    assert "\x1b" not in done.out
+    error = refused("evaluate", trained, "--results-dir", "other")
+    assert "knows other classes than CIFAR-10" in error
 
 
-def test_without_any_checkpoint_the_next_step_is_named(workplace, capsys):
-    assert evaluate.main([]) == 2
-    assert "train_custom.py" in capsys.readouterr().err
+def test_predictions_are_a_row_for_each_test_image_with_probabilities(run, trained, sample):
+    assert run("evaluate", trained, "--predictions", "p.csv").code == 0
+    with open("p.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    right = sum(row["true"] == row["predicted"] for row in rows) / len(rows)
+    assert right == pytest.approx(report()["top1"])
+    classes = checkpoint.load(trained)["classes"]
+    assert [row["true"] for row in rows] == [classes[label] for label in sample["test_labels"]]
+    for row in rows:
+        values = [float(row[name]) for name in classes]
+        assert sum(values) == pytest.approx(1, abs=1e-5)
+        assert classes[values.index(max(values))] == row["predicted"]
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        *((b"", "it.pt"), (b"\x89PNG\r\n\x1a\n" + bytes(60), "it.pt"), (None, "it.pt")),
+        ({"optimizer": {}, "step": 3}, "the state of an unfinished run: finish it with --resume"),
+    ],
+)
+def test_what_is_no_finished_checkpoint_is_said(refused, trained, content, found):
+    path = Path("it.pt")
+    if isinstance(content, dict):
+        checkpoint.save(path, content)
+    else:
+        path.write_bytes(trained.read_bytes()[:-5000] if content is None else content)
+    error = refused("evaluate", path)
+    assert found in error
+    assert "weights_only" not in error  # torch's advice, not what was found
 
 
 def test_the_checkpoint_that_comes_with_the_repository_knows_real_images(sample):
-    path = Path(__file__).parent.parent / "checkpoints/custom_cnn.pt"
+    path = ROOT / "checkpoints/custom_cnn-modern.pt"
     assert path.stat().st_size <= 8e6
     model, saved = checkpoint.load_model(path)
-    images, labels = (torch.from_numpy(sample[key]) for key in ("test_images", "test_labels"))
-    logits, _ = compute.predict(model, images, saved["mean"], saved["std"])
-    assert metrics.top1(logits, labels.long()) > 0.9
+    assert saved["name"] == path.stem  # of its reference run, so that a user's first is no twin
+    assert (ROOT / "results/reference" / path.stem / "test.json").exists()
+    stats = data.ChannelStats(tuple(saved["mean"]), tuple(saved["std"]))
+    logits, _ = predict(model, data.inputs(torch.from_numpy(sample["test_images"]), stats, 32))
+    assert metrics.top1(logits, torch.from_numpy(sample["test_labels"]).long()) > 0.9

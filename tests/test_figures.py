@@ -1,4 +1,7 @@
-import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -6,10 +9,8 @@ import torch
 from PIL import Image
 
 import figures
-import metrics
-import reports
-from files import write_json
 
+ROOT = Path(__file__).parent.parent
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 LABELS = torch.arange(60) % 10
 LOGITS = 3 * torch.eye(10)[LABELS] + 2 * torch.randn(
@@ -24,8 +25,9 @@ EPOCH = {
     "val_loss": 1.2,
     "val_accuracy": 0.5,
 }
-HISTORY = [EPOCH, {**EPOCH, "epoch": 2, "val_loss": 0.9}, {**EPOCH, "epoch": 3, "train_loss": 0.8}]
+HISTORY = [EPOCH, {**EPOCH, "epoch": 2, "val_loss": 0.9}, {**EPOCH, "epoch": 3, "lr": 0.0}]
 NO_VAL = [{**row, "val_loss": "", "val_accuracy": float("nan")} for row in HISTORY]
+ODD_NAME = "cost_$5$ ^2\n\x1b[31m 猫 " + 40 * "x"
 
 
 def pixels(path):
@@ -41,10 +43,15 @@ def pixels(path):
     return array
 
 
+def count(array, colour):
+    """How many pixels have exactly this colour, given as #RRGGBB."""
+    rgb = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
+    return (array == rgb).all(-1).sum()
+
+
 def shows(array, colour):
     """Whether at least a marker's worth of pixels has exactly this colour."""
-    rgb = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
-    return (array == rgb).all(-1).sum() > 20
+    return count(array, colour) > 20
 
 
 @pytest.mark.parametrize(
@@ -54,48 +61,108 @@ def shows(array, colour):
 )
 def test_curves_show_what_the_history_holds(tmp_path, history, validated):
     figures.curves(history, tmp_path / "curves.png", "a run")
-    array = pixels(tmp_path / "curves.png")
-    panels = np.array_split(array, [425, 840], axis=1)
+    panels = np.array_split(pixels(tmp_path / "curves.png")[:440], [425, 840], axis=1)
     assert all(shows(panel, figures.ORANGE) for panel in panels[:2])
     assert [shows(panel, figures.BLUE) for panel in panels[:2]] == [validated, validated]
     assert shows(panels[2], figures.GREY)
+
+
+def test_the_original_projects_accuracy_is_a_line_across_the_accuracy_panel_alone(tmp_path):
+    figures.curves(HISTORY, tmp_path / "without.png", "a run")
+    figures.curves(HISTORY, tmp_path / "with.png", "a run", reference=0.8726)
+    counts = [
+        [count(panel, figures.GREY) for panel in np.array_split(array, [425, 840], axis=1)]
+        for array in (pixels(tmp_path / f"{name}.png") for name in ("without", "with"))
+    ]
+    assert counts[1][1] > counts[0][1] + 50
+    assert counts[1][::2] == counts[0][::2]
 
 
 def test_confusion_matrix_colours_the_mistakes_on_their_own_scale(tmp_path):
     matrix = 990 * torch.eye(10, dtype=torch.int64)
     matrix[3, 5] = 10  # 1 % must be as dark as anything gets
     figures.confusion_matrix(matrix, CLASSES, tmp_path / "rare.png", "a run")
-    dark = (pixels(tmp_path / "rare.png") == [8, 48, 107]).all(-1)  # the end of "Blues"
-    assert dark.sum() > 2000
+    assert count(pixels(tmp_path / "rare.png"), "#08306B") > 2000  # the end of "Blues"
     matrix[3, 5] = 0
     matrix[9, 9] = 0  # a class without images divides by nothing
     figures.confusion_matrix(matrix, CLASSES, tmp_path / "none.png", "a run")
     pixels(tmp_path / "none.png")
 
 
+@pytest.mark.parametrize("num_classes", [2, 20, 21, 1000])
+def test_confusions_of_up_to_1000_classes_fit_a_readable_picture(tmp_path, num_classes):
+    labels = torch.arange(4 * num_classes) % num_classes
+    matrix = torch.diag(torch.bincount(labels))
+    if num_classes > 2:
+        matrix[0, 1], matrix[2, 0] = 3, 1
+    names = [f"{number} {ODD_NAME}" for number in range(num_classes)]
+    figures.confusion_matrix(matrix, names, tmp_path / "confusions.png", ODD_NAME)
+    array = pixels(tmp_path / "confusions.png")
+    # Beyond 20 classes a blue bar for each of the two pairs, the first three times the second.
+    bars = (array == [0, 0x72, 0xB2]).all(-1)
+    lengths = [int(row.sum()) for row in bars if row.sum() > 20]
+    assert bool(lengths) == (num_classes > 20)
+    if lengths:
+        assert max(lengths) == pytest.approx(3 * min(lengths), rel=0.03)
+
+
 @pytest.mark.parametrize("num_mistakes", [0, 1, 7, 60])
 def test_mistakes_fit_their_number(tmp_path, num_mistakes):
-    logits = 5 * torch.eye(10)[LABELS]
-    logits[:num_mistakes] = logits[:num_mistakes].roll(1, 1)
-    name = "a-long-name-$with-a-dollar$-" * 4
-    figures.mistakes(IMAGES, LABELS, logits, CLASSES, tmp_path / "mistakes.png", name, count=10)
-    height, width, _ = pixels(tmp_path / "mistakes.png").shape
-    assert height == pytest.approx(width * (0.8 + 2.05 * (1 if num_mistakes < 6 else 2)) / 9, abs=1)
+    probabilities = 0.9 * torch.eye(10)[LABELS] + 0.01
+    probabilities[:num_mistakes] = probabilities[:num_mistakes].roll(1, 1)
+    path = tmp_path / "mistakes.png"
+    figures.mistakes(IMAGES, LABELS, probabilities, CLASSES, path, "a-$long$-name-" * 8)
+    inches = {0: 2.6, 1: 2.8, 7: 4.8, 60: 10.8}[num_mistakes]  # 25 at most, 5 to a row
+    assert pixels(path).shape[0] == pytest.approx(120 * inches, abs=1)
 
 
 def test_the_surest_mistakes_come_first(tmp_path):
-    logits = torch.zeros(60, 10)
-    logits[range(60), LABELS] = 5.0
-    logits[7] = logits[7].roll(1)
-    logits[40] = 2 * logits[40].roll(1)
+    probabilities = torch.full((60, 10), 0.05)
+    probabilities[range(60), LABELS] = 0.55
+    probabilities[7] = torch.eye(10)[8] * 0.6
+    probabilities[40] = torch.eye(10)[1] * 0.9
     images = np.zeros_like(IMAGES)
     images[7], images[40] = (0, 255, 0), (255, 0, 0)
-    figures.mistakes(images, LABELS, logits, CLASSES, tmp_path / "mistakes.png", "a run")
-    array = pixels(tmp_path / "mistakes.png")
+    figures.mistakes(images, LABELS, probabilities, CLASSES, tmp_path / "m.png", "a run")
+    array = pixels(tmp_path / "m.png")
     red = np.argwhere((array == (255, 0, 0)).all(-1))[:, 1]
     green = np.argwhere((array == (0, 255, 0)).all(-1))[:, 1]
     assert len(red) == len(green) > 150**2
     assert red.max() < green.min()
+
+
+@pytest.mark.parametrize("kind", ["uint8", "float"])
+def test_the_batch_shows_32_images_in_the_colours_the_network_sees(tmp_path, kind):
+    images = np.zeros((40, 32, 32, 3), np.uint8)
+    images[31], images[32] = (0, 255, 0), (255, 0, 0)
+    images = images if kind == "uint8" else torch.from_numpy(images / np.float32(255))
+    figures.batch(images, LABELS[:40], CLASSES, tmp_path / "batch.png", "a run")
+    array = pixels(tmp_path / "batch.png")
+    assert count(array, "#00FF00") > 100**2
+    assert count(array, "#FF0000") == 0
+
+
+def test_first_layer_shows_every_filter_grey_where_it_is_zero(tmp_path):
+    filters = torch.zeros(24, 3, 2, 2)
+    filters[0], filters[1, :, 0] = 1.0, -2.0  # each is scaled by its own largest value
+    responses = torch.zeros(64, 16, 16)
+    figures.first_layer(filters, tmp_path / "alone.png", "a run")
+    figures.first_layer(filters, tmp_path / "with.png", "a run", (IMAGES[0], responses))
+    array = pixels(tmp_path / "alone.png")
+    light, dark, grey = (count(array, colour) for colour in ("#E5E5E5", "#191919", "#7F7F7F"))
+    assert light == pytest.approx(2 * dark, rel=0.1)
+    assert grey == pytest.approx(22.5 * light, rel=0.1)
+    assert (pixels(tmp_path / "with.png") == 0).all(-1).sum() > 280**2
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_predictions_have_a_row_for_each_picture(tmp_path, number):
+    top = [("cat", 0.98), (ODD_NAME, 0.015), ("dog", 0.005)]
+    rows = [(ODD_NAME, IMAGES[0].repeat(4, 1), IMAGES[1], top)] * number
+    figures.predictions(rows, tmp_path / "predictions.png", "a run")
+    array = pixels(tmp_path / "predictions.png")
+    assert array.shape[0] == pytest.approx(120 * (0.9 + 1.45 * number), abs=1)
+    assert count(array, figures.BLUE) > 3000 * number
 
 
 @pytest.mark.parametrize("temperature", [None, 2.0])
@@ -107,98 +174,37 @@ def test_calibration_draws_a_curve_per_variant(tmp_path, temperature, n):
     assert shows(array, figures.BLUE) == (temperature is not None)
 
 
-def test_every_way_to_fine_tune_has_a_line_in_the_panel_of_its_network_and_machine(tmp_path):
+def test_every_network_has_a_panel_and_every_machine_a_colour(tmp_path):
     rows = [
-        {"arch": "vgg19", "hardware": hardware, "flags": flags}
-        | {"minutes": minutes, "val_accuracy": minutes / 10}
-        for hardware, ways in (("2 cores", ("--epochs 2", "--epochs 3")), ("a GPU", ("",)))
-        for flags in ways
+        {"arch": arch, "hardware": hardware, "flags": flags}
+        | {"minutes": str(minutes), "val_accuracy": (minutes - len(flags) / 20) / 10}
+        for arch, hardware, flags in (
+            *(("vgg19", "2 cores", "--epochs 2"), ("vgg19", "a GPU", "")),
+            ("resnet18", "2 cores", "--epochs 3"),
+        )
         for minutes in (1, 5, 9)
     ]
     figures.accuracy_by_minutes(rows, tmp_path / "by_minutes.png")
-    panels = np.array_split(pixels(tmp_path / "by_minutes.png"), 2, axis=1)
-    assert [shows(panel, figures.BLUE) for panel in panels] == [True, True]
-    assert [shows(panel, figures.ORANGE) for panel in panels] == [True, False]
+    top, bottom, _ = np.array_split(pixels(tmp_path / "by_minutes.png"), [430, 840])
+    assert shows(top, figures.BLUE)
+    assert shows(top, figures.ORANGE)
+    assert shows(bottom, figures.BLUE)
+    assert not shows(bottom, figures.ORANGE)
 
 
-def test_report_writes_its_numbers_and_a_picture_of_each_kind(tmp_path):
-    header = "epoch,step,lr,train_loss,train_accuracy,val_loss,val_accuracy\n"
-    (tmp_path / "history.csv").write_text(header + "1,10,0.001,1.5,0.4,,\n2,20,0,1.2,0.5,,\n")
-    report = reports.write_test_report(
-        tmp_path,
-        logits=LOGITS,
-        labels=LABELS,
-        logits_tta=None,
-        temperature=1.5,
-        images=torch.from_numpy(IMAGES),
-        classes=CLASSES,
-        name="a run",
-        extra={"device": "cpu"},
+@pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "none such"])
+def test_a_persons_matplotlib_settings_change_nothing(tmp_path, backend):
+    (tmp_path / "matplotlibrc").write_text(
+        "text.usetex: True\nfont.size: 30\nfigure.facecolor: black\nsavefig.bbox: tight\n"
+        "savefig.dpi: 10\nimage.origin: lower\naxes.grid: True\nbackend: TkAgg\n"
     )
-    assert json.loads((tmp_path / "test.json").read_text()) == report
-    assert report["top1"] == metrics.top1(LOGITS, LABELS)
-    assert report["device"] == "cpu"
-    for name in ("curves", "confusion_matrix", "mistakes", "calibration"):
-        pixels(tmp_path / f"{name}.png")
-    lines = reports.per_class_table(report).splitlines()
-    assert len({len(line) for line in lines}) == 1
-    assert lines[-1].endswith(f"{100 * report['top1']:.2f} %")
-
-
-def write_run(folder, seed, top1, **config):
-    config = {"epochs": 10, "recipe": "modern", "run_name": folder.name, "seed": seed} | config
-    run = {
-        "arch": "custom_cnn",
-        "config": config,
-        "environment": {"hardware": "2 cores | <x>"},
-        "parameters": {"total": 1_500_000},
-        "train_seconds": 90.0,
-        "date": "2025-01-01",
-    }
-    write_json(folder / "config.json", run)
-    write_json(folder / "test.json", {"top1": top1, "top1_tta": None})
-
-
-def test_comparison_sorts_escapes_and_averages_over_seeds(tmp_path, capsys):
-    write_run(tmp_path / "the[first]_run_", 0, 0.90)
-    write_run(tmp_path / "second", 1, 0.92)
-    write_run(tmp_path / "other", 0, 0.91, epochs=20)
-    readme = tmp_path / "README.md"
-    rows = reports.write_results_readme(tmp_path)
-    assert [row["run"] for row in rows] == ["second", "other", "the[first]_run_"]
-    lines = readme.read_text(encoding="utf-8").splitlines()
-    assert (
-        r"| [the\[first\]\_run\_](the%5Bfirst%5D_run_/) | custom_cnn | modern | none | 10 "
-        r"| 90.00 | - | 1.5 | 1.5 | 2 cores \| \<x\> | 0 | 2025-01-01 |"
-    ) in lines
-    assert lines[-1] == "| custom_cnn | modern | none | 10 | 2 | 91.00 ± 1.41 | - |"
-    assert capsys.readouterr().err == ""
-
-
-def test_runs_without_readable_files_are_left_out_with_one_line_each(tmp_path, capsys):
-    write_run(tmp_path / "whole-with-a-very-long-name-that-goes-on-and-on", 123456789, 0.9)
-    write_run(tmp_path / "cut", 0, 0.9)
-    (tmp_path / "cut/test.json").write_text('{"top1": 0.9')
-    write_run(tmp_path / "list", 0, 0.9)
-    (tmp_path / "list/config.json").write_text("[]")
-    write_run(tmp_path / "nan", 0, 0.9)
-    (tmp_path / "nan/test.json").write_text('{"top1": NaN}')
-    write_run(tmp_path / "unfinished", 0, 0.9)
-    (tmp_path / "unfinished/test.json").unlink()
-    write_json(tmp_path / "benchmark/numbers.json", {})
-    rows = reports.comparison_rows(tmp_path)
-    notes = capsys.readouterr().err.splitlines()
-    assert [note.split(":")[0].rsplit("/")[-1] for note in notes] == [
-        "cut",
-        "list",
-        "nan",
-        "unfinished",
-    ]
-    assert notes[-1].endswith("left out, no test.json")
-    assert [len(line) for line in reports.terminal_table(rows).splitlines()] == [79, 79]
-    assert "±" not in reports.comparison_table(rows)
-
-
-def test_no_runs_make_a_table_that_says_so(tmp_path):
-    assert reports.write_results_readme(tmp_path / "absent") == []
-    assert "No finished run yet" in (tmp_path / "absent/README.md").read_text()
+    code = (
+        "import pathlib, figures; figures.curves([dict(epoch=1, lr=0.1, train_loss=2.0)], "
+        "pathlib.Path('there.png'), 'a_$run$')"
+    )
+    more = {"PYTHONPATH": str(ROOT), "MPLBACKEND": backend, "MATPLOTLIBRC": "."}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ | more, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+    figures.curves([{"epoch": 1, "lr": 0.1, "train_loss": 2.0}], tmp_path / "here.png", "a_$run$")
+    assert (tmp_path / "there.png").read_bytes() == (tmp_path / "here.png").read_bytes()

@@ -1,25 +1,30 @@
 import errno
 import json
 import os
+import signal
+from pathlib import Path
 
 import pytest
 import torch
 import torchvision
-from test_training import rows
+from conftest import CPU, outcome, rows
 
-import checkpoint
-import compute
 import data
+import device
+import engine
 import features
 import finetune
-import history
 import models
-from finetune import FineTuneConfig
+import pretrained
+from storage import checkpoint
 
-# Each network at a size its torchvision original takes too, so that they can be compared.
-MODELS = tuple(models.ARCHS)
-
-
+PARAMETERS = {  # of the trunk, and of the new classifier
+    "vgg19": 20_024_384 + 5_130,
+    "resnet18": 11_176_512 + 5_130,
+    "resnet50": 23_508_032 + 20_490,
+    "mobilenet_v3_small": 1_517_856 + 10_250,
+}
+IMAGENET = data.ChannelStats(*finetune.IMAGENET)
 TAILS = {  # the last stage and the head, as names of parameters begin
     "vgg19": (tuple(f"features.{i}." for i in range(28, 37)), ("classifier.",)),
     "resnet18": (("layer4.",), ("fc.",)),
@@ -30,29 +35,29 @@ TAILS = {  # the last stage and the head, as names of parameters begin
 
 def operated(arch, **surgery):
     torch.manual_seed(0)
-    return models.OperatedNetwork(arch, **{"image_size": 64, **surgery}).eval()
+    return pretrained.OperatedNetwork(arch, **{"image_size": 64, **surgery}).eval()
 
 
-@pytest.mark.parametrize("arch", MODELS)
+@pytest.mark.parametrize("arch", pretrained.ARCHS)
 def test_trunk_equals_torchvisions_own_feature_for_feature(arch):
     torch.manual_seed(1)
     original = getattr(torchvision.models, arch)(weights=None).eval()
     model = operated(arch)
     model.load_pretrained(original.state_dict())
-    images = torch.randn(2, 3, 32, 32)
-    x = torch.nn.functional.interpolate(images, size=64, mode="bilinear", align_corners=False)
+    x = own = torch.randn(2, 3, 64, 64)
     names = [name for stage in model.row.stages.values() for name in stage]
     for name in names[: -1 if arch == "vgg19" else None]:  # its last max-pool is the surgery
         x = original.get_submodule(name)(x)
     trunk = torch.nn.Sequential(*list(model.stages().values())[:-1])
-    assert torch.equal(trunk(images), x)
+    assert torch.equal(trunk(own), x)
+    assert models.num_parameters(model)["total"] == PARAMETERS[arch]
 
 
-@pytest.mark.parametrize("arch", MODELS)
+@pytest.mark.parametrize("arch", pretrained.ARCHS)
 @pytest.mark.parametrize("unfreeze", ["head", "last", "all"])
 def test_stages_compose_to_the_network_and_only_the_named_part_trains(arch, unfreeze):
     model = operated(arch)
-    trunk, tail = models.freeze(model, unfreeze)
+    trunk, tail = pretrained.freeze(model, unfreeze)
     images = torch.randn(2, 3, 32, 32)
     middle = trunk(images) if trunk else images
     torch.testing.assert_close(tail(middle), model(images))
@@ -63,33 +68,19 @@ def test_stages_compose_to_the_network_and_only_the_named_part_trains(arch, unfr
     assert (trunk is None) == (unfreeze == "all")
 
 
-@pytest.mark.parametrize(
-    ("arch", "total"),
-    [
-        ("vgg19", 20_024_384 + 5_130),
-        ("resnet18", 11_176_512 + 5_130),
-        ("resnet50", 23_508_032 + 20_490),
-        ("mobilenet_v3_small", 1_517_856 + 10_250),
-    ],
-)
-def test_parameter_counts(arch, total):
-    assert models.num_parameters(operated(arch))["total"] == total
-
-
 @pytest.mark.parametrize("arch", ["resnet18", "mobilenet_v3_small"])
 def test_opened_stem_keeps_four_times_the_pixels_or_more(arch):
-    sizes = []
+    sides = []
     for opened in (False, True):
         stages = list(operated(arch, image_size=32, open_stem=opened).stages().values())
-        sizes.append(torch.nn.Sequential(*stages[:-1])(torch.randn(1, 3, 32, 32)).shape[-1])
-    assert sizes == [1, 4]
+        sides.append(torch.nn.Sequential(*stages[:-1])(torch.randn(1, 3, 32, 32)).shape[-1])
+    assert sides == [1, 4]
 
 
 def test_learning_rates_fall_from_head_to_stem():
     model = operated("resnet18")
-    models.freeze(model, "all")
-    config = FineTuneConfig(stage_lr_scale=0.5)
-    groups = finetune.parameter_groups(model, config)
+    settings = finetune.parse(["--unfreeze", "all", "--stage-lr-scale", "0.5"])
+    groups = finetune.parameter_groups(model, settings)
     scales = {id(p): g["lr_scale"] for g in groups for p in g["params"]}
     assert len(scales) == len(list(model.parameters()))
     network = model.network
@@ -126,22 +117,22 @@ def test_cached_features_give_the_batches_the_uncached_trunk_gives(sample, tmp_p
     trunk = torch.nn.Sequential(
         torch.nn.Conv2d(3, 8, 3, stride=2), torch.nn.BatchNorm2d(8), torch.nn.ReLU()
     ).eval()
-    split = data.Split(
-        torch.from_numpy(sample["train_images"]), torch.from_numpy(sample["train_labels"]).long()
-    )
-    statistics = [0.5] * 3, [0.25] * 3
-    plain = data.TrainBatches(split, 64, *statistics, data.Augmentation("alternating"), seed=5)
+    images, labels = (torch.from_numpy(sample[f"train_{kind}"]) for kind in ("images", "labels"))
+    split = data.Split(images, labels.long())
+    flips = data.Augmentation("alternating")
+    plain = data.TrainBatches(split, IMAGENET, 64, augmentation=flips, seed=5)
     scratch = tmp_path / "r.pt"
-    cache = features.compute_features(trunk, split.images, *statistics, precision, scratch)
-    assert cache.shape[:3] == (320, 2, 8)
-    cached = features.FeatureBatches(cache, split, 64, "alternating", 5, torch.float32)
+    kept = features.compute_features(trunk, images, IMAGENET, 32, precision, scratch)
+    assert kept.shape[:3] == (320, 2, 8)
+    cached = features.FeatureBatches(plain, kept)
     for epoch in (0, 1):
-        for (x, labels), (kept, kept_labels) in zip(
+        for (x, labels), (feature, same) in zip(
             plain.epoch(epoch), cached.epoch(epoch), strict=True
         ):
-            assert torch.equal(labels, kept_labels)
-            expected = compute.forward(trunk, x, precision).to(torch.bfloat16).float()
-            torch.testing.assert_close(kept, expected, rtol=1e-2, atol=1e-3)
+            assert torch.equal(labels, same)
+            expected = engine.forward(trunk, x, precision).to(feature.dtype)
+            tolerance = {"rtol": 1e-2, "atol": 1e-3} if precision == "bf16" else {}
+            torch.testing.assert_close(feature, expected, **tolerance)
 
 
 def full_disk(*_):
@@ -152,8 +143,7 @@ def test_features_that_do_not_fit_in_memory_go_to_a_file_that_vanishes(
     sample, tmp_path, monkeypatch, capsys
 ):
     images = torch.from_numpy(sample["test_images"])
-    scratch = tmp_path / "r.pt"
-    arguments = (torch.nn.Conv2d(3, 4, 3), images, [0.5] * 3, [0.25] * 3, "fp32", scratch)
+    arguments = (torch.nn.Conv2d(3, 4, 3), images, IMAGENET, 32, "fp32", tmp_path / "r.pt")
     kept = features.compute_features(*arguments)
     assert "in memory" in capsys.readouterr().out
     monkeypatch.setattr(features, "available_memory", lambda: 1000)
@@ -169,31 +159,44 @@ def test_features_that_do_not_fit_in_memory_go_to_a_file_that_vanishes(
     assert not list(tmp_path.iterdir())
 
 
-def run(workplace, monkeypatch, *arguments):
-    parts = {part: {"epochs": epochs} for part, epochs in (("head", 2), ("last", 1), ("all", 1))}
-    monkeypatch.setattr(finetune, "PARTS", parts)
-    base = ["--arch", "mobilenet_v3_small", "--image-size", "32", "--batch-size", "64"]
-    assert finetune.main([*base, "--precision", "fp32", "--limit", "128", *arguments]) == 0
+def test_the_free_memory_is_that_of_the_narrowest_control_group(tmp_path, monkeypatch):
+    inner, outer = tmp_path / "a/b", tmp_path / "a"
+    inner.mkdir(parents=True)
+    for group, (limit, of), (used, key) in (
+        (inner, ("max", "memory.max"), (10, "anon")),
+        (outer, ("5000", "memory.max"), (1000, "anon")),
+        (tmp_path, ("900000", "memory.limit_in_bytes"), (1, "total_rss")),
+    ):
+        (group / of).write_text(limit)
+        (group / "memory.stat").write_text(f"{key} {used}\nfile 77\n")
+    monkeypatch.setattr(device, "_control_groups", lambda: iter((inner, outer, tmp_path)))
+    assert device.available_memory() == 4000
 
 
-def test_finetuned_checkpoint_says_where_it_began_and_needs_nothing_to_be_used(
-    workplace, monkeypatch
-):
+TINY = ("finetune", "--arch", "mobilenet_v3_small", "--image-size", "32", "--limit", "96", *CPU)
+
+
+def test_finetuned_checkpoint_says_where_it_began_and_needs_nothing_to_be_used(run):
     start = torchvision.models.mobilenet_v3_small(weights=None).state_dict()
     torch.save(start, "start.pth")
-    run(workplace, monkeypatch, "--unfreeze", "last", "--weights", "start.pth")
-    model, saved = checkpoint.load_model(workplace / "checkpoints/mobilenet_v3_small.pt")
+    assert run(*TINY, "--unfreeze", "last", "--weights", "start.pth").code == 0
+    model, saved = checkpoint.load_model(Path("checkpoints/mobilenet_v3_small.pt"))
     assert saved["start_weights"]["file"] == "start.pth"
     assert len(saved["start_weights"]["sha256"]) == 64
     trained = model.network.state_dict()
     for key, value in start.items():  # statistics of frozen BatchNorm layers included
-        frozen = key.startswith("features.") and int(key.split(".")[1]) < 9
-        if frozen:
+        if key.startswith("features.") and int(key.split(".")[1]) < 9:
             assert torch.equal(value, trained[key]), key
     assert not torch.equal(start["features.12.0.weight"], trained["features.12.0.weight"])
-    described = json.loads((workplace / "results/mobilenet_v3_small/config.json").read_text())
+    described = json.loads(Path("results/mobilenet_v3_small/config.json").read_text())
     assert described["start_weights"] == saved["start_weights"]
     assert described["parameters"]["trainable"] < described["parameters"]["total"]
+    # And one run may begin where another has ended.
+    begin = "--weights", "checkpoints/mobilenet_v3_small.pt", "--lr", "1e-9"
+    assert run(*TINY, *begin, "--run-name", "again").code == 0
+    later, _ = checkpoint.load_model(Path("checkpoints/again.pt"))
+    for parameter, other in zip(model.parameters(), later.parameters(), strict=True):
+        torch.testing.assert_close(parameter, other, atol=1e-4, rtol=1e-4)
 
 
 @pytest.fixture
@@ -203,62 +206,40 @@ def lively_weights(workplace, sample):
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.momentum = None  # the mean of all batches
-    images = torch.from_numpy(sample["test_images"])
     with torch.no_grad():
-        model(data.normalize(images, finetune.IMAGENET_MEAN, finetune.IMAGENET_STD))
+        model(data.normalize(torch.from_numpy(sample["test_images"]), IMAGENET))
     torch.save(model.network.state_dict(), "lively.pth")
     return "lively.pth"
 
 
 @pytest.mark.parametrize("unfreeze", ["head", "last"])
-def test_cache_changes_time_and_nothing_else(workplace, monkeypatch, lively_weights, unfreeze):
-    images = torch.from_numpy(data.cifar10(workplace / "data").test_images)
-    losses, logits = [], []
-    for name, extra in (("with", []), ("without", ["--no-cache"])):
-        # Steps small enough that the rounding of the cached features is not blown up.
-        start = ["--weights", lively_weights, "--dropout", "0", "--lr", "3e-4"]
-        run(workplace, monkeypatch, *start, "--unfreeze", unfreeze, "--run-name", name, *extra)
-        history = rows(workplace / f"results/{name}/history.csv")
-        losses.append([float(row["train_loss"]) for row in history])
-        model, _ = checkpoint.load_model(workplace / f"checkpoints/{name}.pt")
-        statistics = finetune.IMAGENET_MEAN, finetune.IMAGENET_STD
-        logits.append(compute.predict(model, images, *statistics)[0])
-    assert losses[0] == pytest.approx(losses[1], abs=2e-3)
-    between_images = logits[0].std(0).mean()
-    assert (logits[0] - logits[1]).abs().max() < 0.1 * between_images
+def test_the_cache_runs_the_trunk_twice_an_image_and_changes_no_bit(
+    run, monkeypatch, lively_weights, unfreeze
+):
+    seen, forward = [], engine.forward
+
+    def counted(trunk, x, precision):
+        seen.append(len(x))
+        return forward(trunk, x, precision)
+
+    monkeypatch.setattr(features, "forward", counted)
+    options = "--weights", lively_weights, "--dropout", "0", "--epochs", "3", "--unfreeze", unfreeze
+    assert run(*TINY, *options, "--run-name", "without", "--no-cache").code == 0
+    assert not seen
+    assert run(*TINY, *options, "--run-name", "with").code == 0
+    splits = json.loads(Path("results/with/config.json").read_text())["splits"]
+    assert sum(seen) == 2 * splits["train"] + splits["val"]
+    assert len({row["train_loss"] for row in rows(Path("results/with"))}) == 3
+    assert outcome(".", "with") == outcome(".", "without")
 
 
-def test_time_left_is_that_of_the_epochs_without_the_features():
-    numbers = dict.fromkeys(history.COLUMNS, 0.5)
-    first, second = (numbers | {"epoch": i, "seconds": 600 + 60 * i} for i in (1, 2))
-    assert history.line([first], 4, seconds_before=600).endswith(" 11:00    3:00")
-    assert history.line([first, second], 4, seconds_before=600).endswith(" 12:00    2:00")
-
-
-def test_defaults_follow_from_the_network_what_trains_and_where_it_begins():
-    last, every, scratch = map(
-        finetune.parse, ([], ["--unfreeze", "all"], ["--weights", "none", "--epochs", "4"])
-    )
-    assert (last.unfreeze, last.epochs, last.translate) == ("last", 5, 0)
-    assert (every.epochs, every.translate) == (10, 2)
-    assert (scratch.unfreeze, scratch.epochs, scratch.stage_lr_scale) == ("all", 4, 1.0)
-    assert finetune.parse(["--weights", "none", "--unfreeze", "head"]).unfreeze == "head"
-    assert finetune.parse(["--arch", "mobilenet_v3_small"]).unfreeze == "all"
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["--arch", "resnet19"], ["resnet19", "resnet18"]),
-        (["--image-size", "16"], ["--image-size 16", "32"]),
-        (["--weights", "absent.pth"], ["absent.pth"]),
-        (["--translate", "2"], ["--translate", "--no-cache"]),
-        (["--unfreeze", "some"], ["some"]),
-        (["--weights", "data/cifar10.npz"], ["cifar10.npz", "torch.save"]),
-    ],
-)
-def test_bad_input_is_one_line_and_exit_code_2(workplace, capsys, arguments, words):
-    assert finetune.main(arguments) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    assert all(word in error for word in words), error
+@pytest.mark.parametrize("more", [("last",), ("head", "--no-cache")], ids=["cache", "plain"])
+def test_finetuning_with_dropout_resumes_to_the_same_bits(run, signal_at, more):
+    common = (*TINY, "--weights", "none", "--epochs", "2", "--unfreeze", *more, "--run-name")
+    assert run(*common, "whole").code == 0
+    signal_at(5, signal.SIGTERM)
+    assert run(*common, "halves").code == 143
+    state, _ = checkpoint.load_state(Path("checkpoints/halves.resume.pt"))
+    assert (state["epoch"], state["step"]) == (1, 1)
+    assert run(*common, "halves", "--resume").code == 0
+    assert outcome(".", "halves") == outcome(".", "whole")

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import metrics
+from errors import UnusableInput
 
 LOGITS = torch.tensor([[2.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 3.0, 0.0], [0.0, 0.0, 1.0]])
 LABELS = torch.tensor([0, 1, 0, 1])
@@ -21,9 +22,14 @@ def overconfident(scale, n=4000, num_classes=10):
 def test_metrics_equal_hand_computed_values():
     assert metrics.top1(LOGITS, LABELS) == 0.5
     assert metrics.confusion_matrix(LOGITS, LABELS).tolist() == [[1, 1, 0], [0, 1, 1], [0, 0, 0]]
-    per_class = metrics.per_class_accuracy(LOGITS, LABELS)
-    assert per_class[:2].tolist() == [0.5, 0.5]
-    assert per_class[2].isnan()
+    scores = metrics.class_scores(metrics.confusion_matrix(LOGITS, LABELS))
+    assert {name: values.dtype for name, values in scores.items()} == dict.fromkeys(
+        ("precision", "recall", "f1"), torch.float64
+    )
+    # Class 0 is hit once in one prediction, class 1 once in two; class 2 is predicted in vain.
+    expected = {"precision": [1, 0.5, 0], "recall": [0.5, 0.5, math.nan], "f1": [2 / 3, 0.5, 0]}
+    for name, values in expected.items():
+        assert scores[name].tolist() == pytest.approx(values, nan_ok=True)
     e = math.e
     losses = math.log(e**2 + 2) - 2, math.log(e + 2) - 1, math.log(e**3 + 2), math.log(e + 2)
     assert metrics.cross_entropy(LOGITS, LABELS) == pytest.approx(sum(losses) / 4, rel=1e-7)
@@ -36,7 +42,10 @@ def test_confusion_matrix_equals_a_loop_and_holds_the_other_accuracies():
         matrix[true, predicted] += 1
     assert metrics.confusion_matrix(logits, labels).equal(matrix)
     assert metrics.top1(logits, labels) == matrix.trace() / 500
-    assert metrics.per_class_accuracy(logits, labels).equal(matrix.diag() / matrix.sum(1).double())
+    scores = metrics.class_scores(matrix)
+    assert scores["recall"].equal(matrix.diag() / matrix.sum(1).double())
+    harmonic = 2 / (1 / scores["precision"] + 1 / scores["recall"])
+    torch.testing.assert_close(scores["f1"], harmonic, rtol=1e-12, atol=0)
 
 
 def two_class(probability, num_correct, n):
@@ -94,6 +103,8 @@ def test_summary_is_strict_json_and_says_none_for_what_is_missing():
     assert json.loads(json.dumps(summary, allow_nan=False)) == summary
     assert summary["n"] == 4
     assert summary["per_class"] == {"a": 0.5, "b": 0.5, "c": None}
+    assert summary["by_class"]["c"] == {"precision": 0, "recall": None, "f1": 0}
+    assert summary["macro"] == pytest.approx({"precision": 0.5, "recall": 0.5, "f1": 7 / 18})
     assert summary["top1_tta"] is summary["temperature"] is summary["ece_calibrated"] is None
 
     logits, labels = overconfident(3.0)
@@ -104,15 +115,22 @@ def test_summary_is_strict_json_and_says_none_for_what_is_missing():
     assert summary["ece_calibrated"] < 0.05 < summary["ece"]
 
 
+def test_a_class_that_is_neither_there_nor_predicted_has_no_scores_and_no_part_in_the_mean():
+    scores = metrics.summarize(LOGITS[:2], LABELS[:2], None, classes=("a", "b", "c"))
+    assert scores["by_class"]["c"] == dict.fromkeys(("precision", "recall", "f1"))
+    assert scores["macro"] == {"precision": 1, "recall": 1, "f1": 1}
+
+
 @pytest.mark.parametrize(
-    ("logits", "labels", "message"),
+    ("logits", "labels", "kind", "message"),
     [
-        (LOGITS, LABELS[:3], "labels"),
-        (LOGITS[:0], LABELS[:0], "at least 1"),
-        (LOGITS * float("nan"), LABELS, "diverged"),
+        (LOGITS, LABELS[:3], ValueError, "labels"),
+        (LOGITS[:0], LABELS[:0], ValueError, "at least 1"),
+        (LOGITS[:, :2], LABELS, ValueError, "argument"),
+        (LOGITS * float("nan"), LABELS, UnusableInput, "12 .* diverged"),
     ],
-    ids=["shapes", "empty", "nan"],
+    ids=["shapes", "empty", "too few classes", "nan"],
 )
-def test_unusable_logits_are_refused_by_name(logits, labels, message):
-    with pytest.raises(ValueError, match=message):
+def test_unusable_logits_are_refused(logits, labels, kind, message):
+    with pytest.raises(kind, match=message):
         metrics.summarize(logits, labels, None, classes=("a", "b", "c"))

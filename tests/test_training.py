@@ -1,330 +1,294 @@
-import csv
 import json
+import os
 import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import start
+from conftest import PIPED, ROOT, SMALL, outcome, rows
+from PIL import Image
 from torch import nn
-from torch.nn import functional as F
 
-import checkpoint
-import compute
 import engine
-import history
+import evaluate
 import metrics
-import train_custom
-from config import TrainConfig
-from optimizers import make_optimizer, parameter_groups
-
-SMALL = ["--recipe", "classic", "--batch-size", "32", "--precision", "fp32", "--device", "cpu"]
-
-
-def tensors(path):
-    return checkpoint.load(path)["state_dict"]
-
-
-def rows(path):
-    with open(path, newline="") as file:
-        return [
-            {k: v for k, v in row.items() if k not in history.TIMINGS}
-            for row in csv.DictReader(file)
-        ]
-
-
-def same_run(one, other):
-    """Compares two runs' checkpoints and histories, bit for bit."""
-    first, second = (
-        checkpoint.load(folder / "checkpoints/custom_cnn.pt") for folder in (one, other)
-    )
-    assert first["metrics"] == second["metrics"]
-    assert first["state_dict"].keys() == second["state_dict"].keys()
-    for key, value in first["state_dict"].items():
-        assert torch.equal(value, second["state_dict"][key]), key
-    assert rows(one / "results/custom_cnn/history.csv") == rows(
-        other / "results/custom_cnn/history.csv"
-    )
-
-
-def test_classic_run_leaves_checkpoint_history_config_test_and_pictures(workplace, capsys):
-    assert train_custom.main([*SMALL, "--epochs", "3", "--lr", "0.002"]) == 0
-    run = workplace / "results/custom_cnn"
-    assert {p.name for p in run.iterdir()} == {
-        *("config.json", "history.csv", "test.json"),
-        *("curves.png", "confusion_matrix.png", "mistakes.png", "calibration.png"),
-    }
-    history = rows(run / "history.csv")
-    assert [row["epoch"] for row in history] == ["1", "2", "3"]
-    assert float(history[2]["train_loss"]) < float(history[0]["train_loss"]) - 0.2
-    report = json.loads((run / "test.json").read_text())
-    saved = checkpoint.load(workplace / "checkpoints/custom_cnn.pt")
-    assert report["n"] == 80
-    assert report["top1"] == saved["metrics"]["test_top1"]
-    assert not list((workplace / "checkpoints").glob("*.resume*"))
-    sizes = json.loads((run / "config.json").read_text())["splits"]
-    assert sizes["train"] + sizes["val"] == 320
-    assert sizes["val"] == 12  # 4 % of each class, rounded
-    output = capsys.readouterr().out
-    assert "evaluate.py checkpoints/custom_cnn.pt" in output
-    assert max(map(len, output.splitlines())) <= 100
-    # A second run of the name keeps the first.
-    before = tensors(workplace / "checkpoints/custom_cnn.pt")
-    assert train_custom.main([*SMALL, "--epochs", "1", "--seed", "1"]) == 0
-    assert (workplace / "checkpoints/custom_cnn-2.pt").exists()
-    assert checkpoint.digest(before) == checkpoint.digest(
-        tensors(workplace / "checkpoints/custom_cnn.pt")
-    )
-    assert "finished and kept" in capsys.readouterr().out
-
+import models
+from runs import history, records, reports
+from storage import checkpoint
 
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+CHECKPOINT, RESULTS = Path("checkpoints/custom_cnn.pt"), Path("results/custom_cnn")
+STATE = CHECKPOINT.with_suffix(".resume.pt")
+
+
+def test_run_leaves_checkpoint_numbers_and_pictures_and_a_second_one_keeps_them(
+    run, drawing, monkeypatch
+):
+    done = run(*SMALL, "--epochs", "3", "--lr", "0.002")
+    assert done.code == 0
+    assert "evaluate.py checkpoints/custom_cnn.pt" in done.out
+    assert max(map(len, done.out.splitlines())) <= 100
+    assert {p.name for p in RESULTS.iterdir()} == {
+        *("config.json", "history.csv", "test.json", "index.html", "curves.png", "batch.png"),
+        *("confusion_matrix.png", "mistakes.png", "calibration.png", "first_layer.png"),
+    }
+    written = rows(RESULTS)
+    assert [row["epoch"] for row in written] == ["1", "2", "3"]
+    assert float(written[2]["train_loss"]) < float(written[0]["train_loss"]) - 0.2
+    report = json.loads((RESULTS / "test.json").read_text())
+    assert report["n"] == 80
+    assert report["top1"] == checkpoint.load(CHECKPOINT)["metrics"]["test_top1"]
+    assert not list(CHECKPOINT.parent.glob("*.resume*"))
+    described = json.loads((RESULTS / "config.json").read_text())
+    assert described["splits"] == {"train": 308, "val": 12, "test": 80}  # 4 % of each class
+    assert described["changed"] == {"batch_size": 32, "epochs": 3, "lr": 0.002, "precision": "fp32"}
+    git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    assert described["revision"] is None or commit in described["revision"]
+    before = CHECKPOINT.read_bytes()
+    monkeypatch.setattr(reports, "draw", lambda *_: None)
+    done = run(*SMALL, "--seed", "1")
+    assert "finished and kept; this one is custom_cnn-2" in done.out
+    assert "delete checkpoints/custom_cnn.pt" in done.out
+    assert CHECKPOINT.with_name("custom_cnn-2.pt").exists()
+    assert CHECKPOINT.read_bytes() == before
 
 
 @pytest.mark.parametrize(
     ("recipe", "device"),
     [("classic", "cpu"), ("speedrun", "cpu"), pytest.param("speedrun", "cuda", marks=NEEDS_GPU)],
 )
-def test_run_stopped_mid_epoch_by_a_signal_and_resumed_equals_the_uninterrupted_one(
-    workplace, tmp_path, recipe, device
+def test_run_stopped_again_and_again_within_epochs_equals_the_uninterrupted_one(
+    run, signal_at, recipe, device
 ):
-    arguments = [*SMALL, "--recipe", recipe, "--epochs", "2", "--device", device]
-    whole = tmp_path / "whole"
-    whole.mkdir()
-    signal_itself = (
-        "import data, os; draw, calls = data.TrainBatches._draw, []\n"
-        "def counted(*a):\n"
-        "    calls.append(a)\n"
-        "    if len(calls) == 4: os.kill(os.getpid(), {})\n"
-        "    return draw(*a)\n"
-        "data.TrainBatches._draw = counted"
-    )
-    uninterrupted = start("train_custom", *arguments, cwd=whole)
-    _, error = uninterrupted.communicate(timeout=120)
-    assert uninterrupted.returncode == 0, error
-    for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
-        resume = ["--resume"] if number == signal.SIGINT else []
-        before = signal_itself.format(int(number))
-        run = start("train_custom", *arguments, *resume, cwd=workplace, before=before)
-        _, error = run.communicate(timeout=60)
-        assert run.returncode == code, error
-        assert "--resume" in error
-        assert "error" not in error
-    state = checkpoint.load(workplace / "checkpoints/custom_cnn.resume.pt")
-    assert state["step"] > 0  # it stopped within an epoch
-    last = start("train_custom", *arguments, "--resume", cwd=workplace)
-    _, error = last.communicate(timeout=120)
-    assert last.returncode == 0, error
-    same_run(whole, workplace)
+    # The second recipe whitens, takes Muon's steps and grows its images in the second epoch.
+    size = "--limit", "64", "--batch-size", "16", "--epochs", "2", "--small-first", "0.75:16"
+    command = (*SMALL, *size, "--recipe", recipe, "--device", device, "--run-name")
+    assert run(*command, "whole").code == 0
+    for name, code in (("SIGTERM", 143), ("SIGHUP", 129), ("SIGUSR1", 138), ("SIGINT", 130)):
+        signal_at(2, getattr(signal, name))
+        done = run(*command, "parts", *["--resume"] * (name != "SIGTERM"))
+        assert done.code == code
+        assert done.err.startswith("stopped, state saved; continue with\n")
+        assert done.err.endswith("--run-name parts --resume\n")
+        state, _ = checkpoint.load_state(STATE.with_name("parts.resume.pt"))
+        assert state["step"] > 0  # it stopped within an epoch
+    signal_at(0, 0)
+    assert run(*command, "parts", "--resume").code == 0
+    assert outcome(".", "parts") == outcome(".", "whole")
 
 
-def test_state_of_other_settings_is_refused_by_name_and_a_finished_run_says_so(workplace, capsys):
-    arguments = [*SMALL, "--epochs", "1"]
-    assert train_custom.main(arguments) == 0
-    assert train_custom.main([*arguments, "--resume"]) == 0
-    assert "is finished" in capsys.readouterr().out
-    path = workplace / "checkpoints/other.resume.pt"
-    config = TrainConfig(**train_custom.RECIPES["classic"], recipe="classic").plain()
-    checkpoint.save(path, dict.fromkeys(checkpoint.STATE) | {"config": config})
-    named = ["--recipe", "classic", "--run-name", "other"]
-    for extra, name in ((["--epochs", "9"], "epochs"), (["--lr", "0.1"], "lr")):
-        assert train_custom.main([*named, *extra, "--resume"]) == 2
-        assert f"--resume with {name}" in capsys.readouterr().err
-    assert train_custom.main(named) == 2
-    assert "is unfinished: continue with" in capsys.readouterr().err
+def test_a_signal_that_is_ignored_stays_ignored(run, signal_at):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        signal_at(3, signal.SIGHUP)
+        assert run(*SMALL).code == 0
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
-def test_resume_finds_the_unfinished_one_of_a_series(workplace, capsys):
-    arguments = [*SMALL, "--epochs", "1"]
-    for _ in range(2):
-        assert train_custom.main(arguments) == 0
-    (workplace / "checkpoints/custom_cnn-3.resume.pt").write_bytes(b"damaged")
-    assert train_custom.main([*arguments, "--resume"]) == 2
-    error = capsys.readouterr().err
+def test_an_unfinished_run_names_its_own_command_and_all_flags_that_differ(run, refused, signal_at):
+    signal_at(3, signal.SIGTERM)
+    go_on = run(*SMALL).err.splitlines()[-1].strip()
+    assert go_on.endswith(f"train_custom.py {' '.join(SMALL[1:])} --resume")
+    other = "train_custom", "--recipe", "speedrun", "--batch-size", "16", "--lr", "0.1"
+    assert f"continue with `{go_on}`" in refused(*other)  # not this command, which could not go on
+    error = refused(*other, "--device", "cpu", "--resume")
+    for words in ("--recipe speedrun (was classic)", "--batch-size 16 (was 32)", "--lr 0.1 (was"):
+        assert words in error
+    # Where files lie and how often they are written changes no result.
+    assert run(*SMALL, "--resume", "--save-every", "9").code == 0
+    assert "run custom_cnn is finished" in run(*SMALL, "--resume").out
+    assert "--lr 0.1 (was 0.001)" in refused(*SMALL, "--resume", "--lr", "0.1")
+
+
+def test_resume_begins_what_has_not_begun_and_finds_the_unfinished_one_of_a_series(
+    run, refused, signal_at
+):
+    assert "no saved state: it begins" in run(*SMALL, "--resume").out
+    signal_at(3, signal.SIGTERM)
+    assert run(*SMALL).code == 143
+    assert STATE.with_name("custom_cnn-2.resume.pt").exists()
+    assert run(*SMALL, "--resume").code == 0
+    assert CHECKPOINT.with_name("custom_cnn-2.pt").exists()
+    STATE.with_name("custom_cnn-3.resume.pt").write_bytes(b"damaged")
+    error = refused(*SMALL, "--resume")
     assert "custom_cnn-3.resume.pt" in error
     assert "--run-name" in error  # a way out
 
 
-def test_without_validation_the_run_is_whole_and_the_temperature_left_out(workplace, monkeypatch):
+def test_resume_on_other_hardware_warns_and_on_another_kind_of_device_is_refused(
+    run, refused, signal_at, monkeypatch
+):
+    def elsewhere(**differs):
+        monkeypatch.setattr(records, "environment", lambda device: here(device) | differs)
+
+    here = records.environment
+    signal_at(3, signal.SIGTERM)
+    assert run(*SMALL).code == 143
+    elsewhere(device="cuda")
+    assert "started with device cpu, not cuda" in refused(*SMALL, "--resume")
+    elsewhere(hardware="an abacus")
+    done = run(*SMALL, "--resume")
+    assert (done.code, done.err.count("\n")) == (0, 1)
+    assert done.err.startswith("warning: the run was started with hardware")
+    assert "not an abacus; the last bits may differ" in done.err
+
+
+def test_the_printed_commands_run_from_where_the_user_stands(tmp_path, monkeypatch):
+    # Without the sample: the scripts themselves, on pictures, in a notebook's environment.
+    monkeypatch.chdir(tmp_path)
+    for name, value in (("black cats", 30), ("white cats", 220)):
+        folder = tmp_path / "my photos" / name
+        folder.mkdir(parents=True)
+        for index in range(12):
+            pixels = np.full((16, 16, 3), value + index, np.uint8)
+            Image.fromarray(pixels).save(folder / f"{index}.png")
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    notebook = {"PATH": path, "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+    shell = PIPED | {"env": PIPED["env"] | notebook, "shell": True}
+    options = "--epochs", "20", "--batch-size", "8", "--save-every", "0.001", "--run-name", "cats"
+    script = str(ROOT / "train_custom.py"), "--recipe", "classic", "--pictures", "my photos"
+    training = subprocess.Popen([sys.executable, *script, *options], **shell | {"shell": False})
+    while not STATE.with_name("cats.resume.pt").exists() and training.poll() is None:
+        time.sleep(0.02)
+    training.send_signal(signal.SIGTERM)
+    _, error = training.communicate(timeout=60)
+    assert training.returncode == 143, error
+    again = subprocess.run(error.splitlines()[-1], **shell, timeout=120)
+    assert again.returncode == 0, again.stderr
+    assert "warning" not in again.stdout  # whatever the environment, its pictures are drawn
+    saved = checkpoint.load(CHECKPOINT.with_name("cats.pt"))
+    assert saved["classes"] == ["black cats", "white cats"]
+    assert saved["metrics"]["epoch"] == 20
+    following = again.stdout.splitlines()[-1].removeprefix("next").strip()
+    following = following.replace("photo.jpg", "'my photos'/*/0.png")
+    classified = subprocess.run(following, **shell, timeout=60)
+    assert classified.returncode == 0, classified.stderr
+    assert "white cats" in classified.stdout
+    report = Path("results/cats/test.json")
+    before = json.loads(report.read_text())
+    monkeypatch.setattr(reports, "draw", lambda *_: None)
+    assert evaluate.main(["checkpoints/cats.pt"]) == 0  # on the same pictures
+    after = json.loads(report.read_text())
+    assert (after["n"], after["per_class"]) == (before["n"], before["per_class"])
+
+
+def test_without_validation_the_run_is_whole_and_the_temperature_left_out(run, monkeypatch):
     fitted = []
     monkeypatch.setattr(metrics, "fit_temperature", lambda *a: fitted.append(a) or 2.0)
-    assert train_custom.main([*SMALL, "--epochs", "1", "--val-fraction", "0"]) == 0
-    report = json.loads((workplace / "results/custom_cnn/test.json").read_text())
+    assert run(*SMALL, "--val-fraction", "0").code == 0
+    report = json.loads((RESULTS / "test.json").read_text())
     assert report["temperature"] is report["ece_calibrated"] is None
-    assert rows(workplace / "results/custom_cnn/history.csv")[0]["val_accuracy"] == ""
+    assert rows(RESULTS)[0]["val_accuracy"] == ""
     assert not fitted
-    assert train_custom.main([*SMALL, "--epochs", "1"]) == 0
+    assert run(*SMALL).code == 0
     [(logits, labels)] = fitted
     assert len(logits) == len(labels) == 12  # the validation images
 
 
-def test_without_a_compiler_training_goes_on(workplace, capsys, monkeypatch):
+class Compiled(nn.Module):
+    """What torch.compile returns, without the wait."""
+
+    def __init__(self, model):
+        super().__init__()
+        self._orig_mod, self.calls = model, []
+
+    def forward(self, x):
+        self.calls.append(len(x))
+        return self._orig_mod(x)
+
+
+def test_a_compiled_network_learns_and_is_saved_as_any_other(run, monkeypatch):
+    wrapped = []
+
+    def fake(function, **options):
+        if isinstance(function, nn.Module):
+            wrapped.append(function := Compiled(function))
+        return function
+
+    monkeypatch.setattr(torch, "compile", fake)
+    assert run(*SMALL, "--run-name", "plain").code == 0
+    assert not wrapped
+    assert run(*SMALL, "--run-name", "compiled", "--compile").code == 0
+    assert len(wrapped[0].calls) == 10
+    assert outcome(".", "compiled") == outcome(".", "plain")
+
     def no_compiler(*arguments, **options):
         raise RuntimeError("no C++ compiler here")
 
     monkeypatch.setattr(torch, "compile", no_compiler)
-    assert train_custom.main([*SMALL, "--epochs", "1", "--compile"]) == 0
-    assert "no torch.compile here (RuntimeError: no C++" in capsys.readouterr().out
-
-
-def test_non_finite_loss_stops_before_the_step_with_exit_code_1(workplace, capsys, monkeypatch):
-    seen = []
-    step = torch.optim.Adam.step
-
-    def spy(self, *arguments):
-        before = [p.clone() for g in self.param_groups for p in g["params"]]
-        step(self, *arguments)
-        after = [p for g in self.param_groups for p in g["params"]]
-        seen.append(all(map(torch.equal, before, after)))
-
-    forward = engine.forward
-    calls = iter(range(100))
-    monkeypatch.setattr(
-        engine, "forward", lambda *a: forward(*a) * (torch.inf if next(calls) == 4 else 1)
-    )
-    monkeypatch.setattr(torch.optim.Adam, "step", spy)
-    # A state after each step: the last good one must survive.
-    assert train_custom.main([*SMALL, "--epochs", "1", "--save-every", "0.0001"]) == 1
-    error = capsys.readouterr().err
-    assert "epoch 1, step 5, learning rate" in error
-    assert seen == [False] * 4 + [True]
-    state, _ = checkpoint.load_state(workplace / "checkpoints/custom_cnn.resume.pt")
-    assert state["step"] == 4
-    assert all(value.isfinite().all() for value in state["model"].values())
-
-
-def test_learning_rate_rises_linearly_and_falls_as_a_cosine_to_zero():
-    factors = [engine.lr_factor(step, 100, 0.2) for step in range(100)]
-    assert factors[:20] == sorted(factors[:20])
-    assert factors[20] == 1.0
-    assert factors[60] == pytest.approx(0.5)
-    assert factors[20:] == sorted(factors[20:], reverse=True)
-    assert 0 < factors[99] < 1e-3
-    assert engine.lr_factor(0, 100, 0.0) == 1.0
-
-
-def test_weight_decay_spares_biases_and_batchnorm_with_adamw_only():
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 2))
-    for optimizer, decayed in (("adamw", 2), ("adam", 6)):
-        config = TrainConfig(optimizer=optimizer, weight_decay=0.1)
-        groups = parameter_groups(model, config)
-        assert sum(len(g["params"]) for g in groups) == 6
-        assert sum(len(g["params"]) for g in groups if g["weight_decay"]) == decayed
-
-
-def test_muon_moves_convolutions_alike_in_all_directions_and_by_nothing_not_finite():
-    torch.manual_seed(0)
-    conv = nn.Conv2d(3, 8, 3, bias=False)
-    pooled = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10)
-    model = nn.Sequential(conv, nn.BatchNorm2d(8), nn.GELU(), *pooled)
-    config = TrainConfig(optimizer="muon", lr=3e-3)
-    optimizer = make_optimizer(parameter_groups(model, config), config, "fp32")
-    assert sum(len(group["params"]) for group in optimizer.param_groups) == 5
-    x, labels = torch.randn(64, 3, 32, 32), torch.arange(64) % 10
-
-    def weights():
-        return [p.detach().clone() for p in model.parameters()]
-
-    before = weights()
-    loss = F.cross_entropy(model(x), labels)
-    gradient = torch.autograd.grad(loss, conv.weight)[0].flatten(1)
-    _, bad = engine.train_step(model, optimizer, "fp32", 0.0, x, labels, config.lr)
-    assert not bad
-    assert not any(map(torch.equal, before, weights()))
-    normed = before[0] / before[0].norm() * 8**0.5
-    step = (normed - conv.weight.detach()).flatten(1) / config.muon_lr
-    left, values, right = torch.linalg.svd(gradient, full_matrices=False)
-    moved = left.T @ step @ right.T  # in the directions of the gradient
-    assert values[0] > 3 * values[-1]
-    assert moved.diag().min() > 0.5
-    assert moved.diag().max() < 1.3
-    torch.testing.assert_close(moved, moved.diag().diag(), atol=1e-3, rtol=0)
-
-    before = weights()
-    x[0] = torch.nan
-    _, bad = engine.train_step(model, optimizer, "fp32", 0.0, x, labels, config.lr)
-    assert bad
-    assert all(map(torch.equal, before, weights()))
-
-
-def test_frozen_batchnorm_statistics_do_not_move():
-    model = nn.Sequential(
-        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
-    )
-    model[1].requires_grad_(False)
-    before = [{k: v.clone() for k, v in model[i].state_dict().items()} for i in (1, 3)]
-    compute.train_mode(model)
-    model(torch.randn(8, 3, 8, 8))
-    assert all(torch.equal(before[0][k], v) for k, v in model[1].state_dict().items())
-    assert not torch.equal(before[1]["running_mean"], model[3].running_mean)
-
-
-def test_prediction_covers_the_last_partial_batch_and_keeps_order(sample):
-    images = torch.from_numpy(sample["test_images"])
-    model = nn.Sequential(nn.Flatten(), nn.Linear(3072, 10))
-    statistics = [0.5] * 3, [0.25] * 3
-    whole, _ = compute.predict(model, images, *statistics, batch_size=80)
-    in_parts, _ = compute.predict(model, images, *statistics, batch_size=7)
-    torch.testing.assert_close(in_parts, whole)
-    mirrored, _ = compute.predict(model, images.flip(2), *statistics)
-    plain, averaged = compute.predict(model, images, *statistics, tta="flip")
-    torch.testing.assert_close(plain, whole)
-    torch.testing.assert_close(averaged, (whole + mirrored) / 2)
-
-
-def test_crops_are_the_image_and_two_moved_by_a_pixel_each_with_its_mirror_image():
-    x = torch.randn(2, 3, 32, 32)
-    padded = np.pad(x.numpy(), ((0, 0), (0, 0), (1, 1), (1, 1)), mode="reflect")
-    moved = [padded[:, :, start : start + 32, start : start + 32] for start in (1, 0, 2)]
-    expected = [view for each in moved for view in (each, each[..., ::-1])]
-    np.testing.assert_array_equal(list(compute.views(x, "crops")), expected)
+    done = run(*SMALL, "--run-name", "without", "--compile")
+    assert "no torch.compile here (RuntimeError: no C++" in done.out
+    assert outcome(".", "without") == outcome(".", "plain")
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["--epochs", "0"], ["--epochs 0", "at least 1"]),
-        (["--epochs", "-3"], ["--epochs -3"]),
-        (["--epochs", "many"], ["many"]),
-        (["--batch-size", "400"], ["--batch-size 400", "smaller"]),
-        (["--limit", "0"], ["--limit 0"]),
-        (["--recipe", "best-ever"], ["best-ever", "classic"]),
-        (["--run-name", "../x"], ["../x", "--results-dir"]),
-        (["--lr", "nan"], ["--lr nan"]),
-        (["--results-dir", "data/cifar10.npz"], ["--results-dir data/cifar10.npz"]),
-        (["--resume"], ["no saved state"]),
-        (["--frobnicate"], ["--frobnicate"]),
-    ],
+    ("often", "kept"), [("9", "no state was saved"), ("0.0001", "the last saved state is good")]
 )
-def test_bad_input_is_one_line_and_exit_code_2(workplace, capsys, arguments, words):
-    assert train_custom.main(arguments) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    assert all(word in error for word in words), error
-    assert not (workplace / "checkpoints/custom_cnn.pt").exists()
+def test_what_is_not_finite_ends_the_run_and_leaves_no_bad_state(run, monkeypatch, often, kept):
+    forward, calls = engine.forward, iter(range(100))
+
+    def broken(*arguments):
+        return forward(*arguments) * (torch.inf if next(calls) == 4 else 1)
+
+    monkeypatch.setattr(engine, "forward", broken)
+    done = run(*SMALL, "--save-every", often)
+    assert (done.code, done.err.count("\n")) == (1, 1)
+    assert "loss or gradient not finite in epoch 1, step 5, learning rate" in done.err
+    assert kept in done.err
+    state, _ = checkpoint.load_state(STATE)
+    if "no state" in kept:
+        assert state is None
+    else:
+        assert state["step"] == 4
+        assert all(value.isfinite().all() for value in state["model"].values())
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_cuda_without_a_device_is_exit_code_2_and_says_what_torch_saw(workplace, capsys):
-    assert train_custom.main(["--device", "cuda"]) == 2
-    assert f"torch {torch.__version__}" in capsys.readouterr().err
+def test_a_huge_learning_rate_and_a_validation_loss_that_is_not_finite_are_told(run, monkeypatch):
+    done = run(*SMALL, "--optimizer", "sgd", "--lr", "9999", "--epochs", "9")
+    assert done.code == 1
+    assert ("no state was saved" in done.err) != STATE.exists()
+    assert ("the last saved state is good" in done.err) == STATE.exists()
+    monkeypatch.setattr(engine, "evaluate", lambda *_: (float("nan"), 0.1))
+    done = run(*SMALL, "--run-name", "other")
+    assert done.code == 1
+    assert "validation loss not finite after epoch 1; no state was saved" in done.err
 
 
-@pytest.mark.parametrize(("seconds", "best"), [(0.80, "bf16"), (0.86, "fp32")])
-def test_bf16_must_gain_a_fifth_and_measuring_it_leaves_no_trace(monkeypatch, seconds, best):
-    model = nn.Sequential(nn.BatchNorm2d(3), nn.Dropout(0.5), nn.Flatten(), nn.Linear(3072, 10))
-    batch = torch.randn(8, 3, 32, 32), torch.zeros(8, dtype=torch.int64)
+@pytest.mark.parametrize(
+    ("module", "function"),
+    [(engine, "evaluate"), (engine, "train_step"), (models, "create_model"), (history, "line")],
+)
+def test_a_mistake_in_the_code_shows_its_traceback(run, monkeypatch, capsys, module, function):
+    def mistaken(*arguments, **options):
+        raise ValueError("a contributor's mistake")
 
-    def state():
-        weights = checkpoint.digest(dict(model.state_dict()))
-        return weights, torch.get_rng_state().tolist(), torch.get_num_threads()
+    monkeypatch.setattr(module, function, mistaken)
+    with pytest.raises(ValueError, match="a contributor's mistake"):
+        run(*SMALL)
+    assert "not finite" not in capsys.readouterr().err
 
-    before = state()
-    times = iter([time for step in [1.0] * 3 + [seconds] * 3 for time in (0.0, step)])
-    monkeypatch.setattr(compute, "now", lambda device: next(times))
-    cpu = torch.device("cpu")
-    precision, reason = compute.choose_precision("auto", model, batch, cpu)
-    assert precision == best
-    assert "fp32 8" in reason
-    assert state() == before
-    assert compute.choose_precision("bf16", model, batch, cpu)[0] == "bf16"
+
+@pytest.mark.parametrize(
+    "broken", ["figures.mistakes", "figures.batch", "runs.reports.first_layer"]
+)
+def test_a_picture_that_cannot_be_drawn_costs_a_warning_alone(run, drawing, monkeypatch, broken):
+    def fail(*arguments):
+        raise ImportError("no such backend")
+
+    for name in ("curves", "confusion_matrix", "calibration", "mistakes", "batch", "first_layer"):
+        monkeypatch.setattr(f"figures.{name}", lambda *_: None)
+    monkeypatch.setattr(broken, fail)
+    monkeypatch.setattr("runs.page.write_index", fail)
+    done = run(*SMALL, "--limit", "64")
+    assert done.code == 0
+    assert done.out.count("warning: ") == done.out.count(": ImportError: no such backend") == 2
+    assert CHECKPOINT.exists()
+    assert json.loads((RESULTS / "test.json").read_text())["n"] == 64
+    assert "evaluate.py" in done.out.splitlines()[-1]

@@ -1,0 +1,1 @@
+"""One run: its settings, name, files, signals, history and reports."""

@@ -1,0 +1,55 @@
+"""The history of a training: a row of numbers an epoch, in history.csv and on the screen."""
+
+import csv
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from storage.files import write_atomically
+
+COLUMNS = (
+    *("epoch", "step", "lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy"),
+    *("images_per_second", "seconds"),
+)
+# Columns that depend on the machine's mood; all others repeat to the last digit.
+TIMINGS = ("images_per_second", "seconds")
+
+HEADER = (
+    f"{'epoch':>7} {'lr':>7} {'train loss':>10} {'acc':>7} {'val loss':>8} {'acc':>7}"
+    f" {'img/s':>7} {'elapsed':>7} {'left':>7}"
+)
+
+
+def line(history: Sequence[dict[str, Any]], epochs: int, seconds_left: float) -> str:
+    """The last row as text under `HEADER`; per cent, minutes since the training began and to go."""
+    row = history[-1]
+    val_loss = "-" if row["val_loss"] is None else f"{row['val_loss']:.4f}"
+    val = "-" if row["val_accuracy"] is None else f"{100 * row['val_accuracy']:.2f}%"
+    return (
+        f"{row['epoch']:>3}/{epochs:<3} {row['lr']:>7.1e} {row['train_loss']:>10.4f}"
+        f" {100 * row['train_accuracy']:>6.2f}% {val_loss:>8} {val:>7}"
+        f" {row['images_per_second']:>7,.0f} {minutes(row['seconds'])} {minutes(seconds_left)}"
+    )
+
+
+def minutes(seconds: float) -> str:
+    """Seconds as minutes:seconds, seven characters wide."""
+    whole, rest = divmod(round(seconds), 60)
+    return f"{whole:>4}:{rest:02}"
+
+
+def write(path: Path, history: Iterable[dict[str, Any]]) -> None:
+    """Writes history.csv whole; a missing validation value is an empty field."""
+    lines = [list(COLUMNS)] + [
+        ["" if row[name] is None else f"{row[name]:.8g}" for name in COLUMNS] for row in history
+    ]
+    write_atomically(path, "".join(",".join(line) + "\n" for line in lines))
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    """The rows of a history.csv as text; none where there is no such file."""
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            return list(csv.DictReader(file))
+    except FileNotFoundError:
+        return []

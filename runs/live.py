@@ -1,0 +1,88 @@
+"""Keeps the live page of a run up to date, at a cost that a training does not notice."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import processes
+from runs import page
+from runs.run import Run
+
+MOST_POINTS = 300  # of the loss by step; beyond, every second one goes
+
+
+class Live:
+    """What the page of a training shows, gathered while it runs.
+
+    Args:
+        run: in whose results the page lies.
+        described: what `records.describe` returned.
+        rows: the history, which grows.
+        num_steps: of the whole training.
+    """
+
+    def __init__(
+        self, run: Run, described: dict[str, Any], rows: list[dict[str, Any]], num_steps: int
+    ):
+        self.run, self.described, self.rows, self.num_steps = run, described, rows, num_steps
+        self.points: list[tuple[int, float, float]] = []  # step, loss (nats), learning rate
+        self.before = (0.0, 0.0)  # loss and images of the epoch when a point was last taken
+        self.left, self.next_write, self.every, self.step = 0.0, 0.0, 1, 0
+
+    def note(self, step: int, lr: float, loss: float, images: float, left: float) -> None:
+        """Takes a point: the loss since the last one.
+
+        Args:
+            step: of the whole training, from 1.
+            lr: its learning rate.
+            loss: nats, summed over the running epoch.
+            images: of the running epoch so far.
+            left: seconds to go.
+        """
+        self.step, self.left = step, left
+        old_loss, old_images = self.before if images > self.before[1] else (0.0, 0.0)
+        if step % self.every == 0 and images > old_images:
+            self.points.append((step, (loss - old_loss) / (images - old_images), lr))
+            self.before = loss, images
+            if len(self.points) > MOST_POINTS:
+                self.points, self.every = self.points[1::2], 2 * self.every
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Writes the page, unless that was done a moment ago."""
+        if time.monotonic() > self.next_write:
+            self.write("running")
+
+    def write(self, status: str, **more: Any) -> None:
+        """Writes the page.
+
+        Args:
+            status: "running", "stopped" or "finished".
+            more: further content of `page.write`, such as `report`.
+        """
+        if processes.RANK:
+            return
+        begin = time.monotonic()
+        content = {
+            **self.described,
+            "status": status,
+            "history": self.rows,
+            "steps": self.points,
+            "step": self.step,
+            "num_steps": self.num_steps,
+            "seconds": self.rows[-1]["seconds"] if self.rows else 0.0,
+            "seconds_left": self.left,
+            "updated": time.time(),
+            **more,
+        }
+        best_effort(page.write, self.run.results_dir, content)
+        took = time.monotonic() - begin
+        self.next_write = time.monotonic() + max(3.0, 200 * took)  # at most half a per cent
+
+
+def best_effort(write: Callable[..., None], *arguments: Any) -> None:
+    """Writes a page or picture; one that fails is a warning and costs a run nothing else."""
+    try:
+        write(*arguments)
+    except Exception as error:  # whatever it was: the run's numbers do not depend on it
+        print(f"warning: {arguments[0]}: {type(error).__name__}: {error}", flush=True)

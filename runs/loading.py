@@ -1,0 +1,135 @@
+"""What a run begins from: the data its settings name, and the weights."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import processes
+from data import Splits, TrainBatches, make_splits
+from device import choose_precision
+from errors import UnusableInput, printable
+from runs.settings import TEST_FRACTION, Settings
+from storage import checkpoint
+from storage.files import sha256
+
+
+@processes.agreed()
+def load_splits(settings: Settings, device: torch.device) -> tuple[Splits, dict[str, Any]]:
+    """Loads CIFAR-10 or a folder of pictures, as tensors on the device.
+
+    Returns:
+        The splits, and what config.json says of where they come from.
+
+    Raises:
+        UnusableInput: they cannot be had; or the batch is larger than the training split.
+    """
+    if settings.pictures:
+        from sources import pictures
+
+        shares = {"val_fraction": settings.val_fraction, "test_fraction": TEST_FRACTION}
+        shares["seed"] = settings.seed
+        arrays, source = pictures.folder(settings.pictures, settings.image_size or 32, **shares)
+    else:
+        from sources.cifar10 import cifar10
+
+        arrays, source = cifar10(settings.data_dir), {"source": "CIFAR-10"}
+    splits = make_splits(
+        arrays,
+        val_fraction=settings.val_fraction,
+        limit=settings.limit,
+        seed=settings.seed,
+        device=device,
+    )
+    if settings.batch_size > (size := len(splits.train.labels)):
+        raise UnusableInput(
+            f"--batch-size {settings.batch_size}: there are {size} training images; take a "
+            "smaller batch"
+        )
+    shape = list(splits.train.images.shape[1:3])  # (H, W)
+    return splits, source | {"image_shape": shape, "classes": len(splits.classes)}
+
+
+@processes.agreed()
+def start_weights(
+    model: nn.Module, wanted: str | None, arch: str, classes: tuple[str, ...]
+) -> dict[str, str]:
+    """Loads what a run begins from.
+
+    Args:
+        model: changed in place.
+        wanted: "imagenet", None or "none" for what it holds already, or a file: a checkpoint of
+            this project, whose last layer is taken where the classes agree, or plain weights.
+        arch: "custom_cnn" or a pretrained network's name.
+        classes: of the data.
+
+    Returns:
+        Where the weights came from: `source`, `file` and the file's `sha256`.
+
+    Raises:
+        UnusableInput: they cannot be had, or belong to another network.
+    """
+    if wanted in (None, "none"):
+        return {"source": "random"}
+    from sources import imagenet
+
+    if wanted == "imagenet":
+        state, provenance = imagenet.imagenet_weights(arch)
+    elif not Path(wanted).is_file():
+        raise UnusableInput(f"--weights {printable(wanted)}: no such file; or imagenet, or none")
+    elif checkpoint.is_checkpoint(Path(wanted)):
+        return _continue_from(Path(wanted), model, arch, classes)
+    else:
+        state, provenance = imagenet.weights_from_file(Path(wanted))
+    try:
+        getattr(model, "load_pretrained", model.load_state_dict)(state)
+    except (ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise UnusableInput(
+            f"--weights {printable(wanted)}: {printable(reason)}; is it a {arch}?"
+        ) from error
+    return provenance
+
+
+def _continue_from(
+    path: Path, model: nn.Module, arch: str, classes: tuple[str, ...]
+) -> dict[str, str]:
+    trained, content = checkpoint.load_model(path)
+    if content["arch"] != arch:
+        raise UnusableInput(f"--weights {printable(path)}: holds a {content['arch']}, not a {arch}")
+    state, own = trained.state_dict(), model.state_dict()
+    if content["classes"] != list(classes):  # its last layer names other things
+        last = list(own)[-1].rpartition(".")[0] + "."
+        state |= {key: value for key, value in own.items() if key.startswith(last)}
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise UnusableInput(
+            f"--weights {printable(path)}: was built in another way ({reason}); give the settings "
+            "it was trained with"
+        ) from error
+    return {"source": "checkpoint", "file": str(path), "sha256": sha256(path)}
+
+
+def settle_precision(
+    settings: Settings, model: nn.Module, batches: TrainBatches, state: dict[str, Any] | None
+) -> str:
+    """Takes a resumed run's precision from its state, else chooses one and says why."""
+    if state:
+        precision, reason = state["precision"], f"precision {state['precision']}: as before"
+    else:
+        batch, wanted = next(batches.epoch(0)), settings.precision
+        wanted = "fp32" if processes.RANK else wanted  # the first process measures for all
+        precision, reason = choose_precision(wanted, model, batch, batch[0].device)
+        precision = processes.from_first(precision)
+    print(reason, flush=True)
+    return precision
+
+
+def learning(settings: Settings) -> dict[str, Any]:
+    """What `engine.train` takes of the settings."""
+    names = ("epochs", "lr", "warmup", "schedule", "label_smoothing")
+    return {k: v for k, v in dataclasses.asdict(settings).items() if k in names}

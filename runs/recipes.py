@@ -1,0 +1,109 @@
+"""Every recipe and every pretrained network with its whole set of defaults, a column each."""
+
+from typing import Any
+
+from errors import UnusableInput, printable
+from runs.settings import HARMLESS, CustomSettings, FineTuneSettings, Settings
+
+RECIPES = CustomSettings.__dataclass_fields__["recipe"].metadata["choices"]
+NETWORKS = FineTuneSettings.__dataclass_fields__["arch"].metadata["choices"]
+
+# A flag that is given replaces the default.
+BY_RECIPE: dict[str, tuple] = {
+    #                      classic      modern         speedrun    best
+    "network":            ("tutorial",  "wide",        "slim",     "widest"),
+    "epochs":             (30,          24,            10,         100),
+    "batch_size":         (128,         256,           1000,       256),
+    "optimizer":          ("adam",      "adamw",       "muon",     "adamw"),
+    "lr":                 (1e-3,        3e-3,          0.01,       3e-3),
+    "muon_lr":            (0.0,         0.0,           0.17,       0.0),
+    "schedule":           ("cosine",    "cosine",      "linear",   "cosine"),
+    "warmup":             (0.0,         0.2,           0.0,        0.2),
+    # BatchNorm makes the convolutions scale-free, so that decay sets their effective step: the
+    # norm settles where a step turns the weights by sqrt(2 lr decay), here 5.5 %.
+    "weight_decay":       (0.01,        0.5,           0.2,        0.5),
+    "bias_lr_scale":      (1.0,         8.0,           5000.0,     8.0),
+    "batchnorm_momentum": (0.1,         0.1,           0.4,        0.1),
+    "label_smoothing":    (0.0,         0.2,           0.2,        0.2),
+    "flip":               ("random",    "alternating", "alternating", "alternating"),
+    "translate":          (0,           4,             2,          4),
+    "cutout":             (0,           8,             0,          12),
+    "small_first":        ("",          "",            "0.5:24",   ""),
+    "val_fraction":       (0.04,        0.02,          0.02,       0.02),
+}  # fmt: skip
+
+# The same for what is fine-tuned. The rate is the new classifier's; earlier stages get less, for
+# their filters are to be adapted, not unlearned.
+BY_NETWORK: dict[str, tuple] = {
+    #                      vgg19        resnet18       resnet50    mobilenet_v3_small
+    "unfreeze":           ("last",      "last",        "last",     "all"),
+    "image_size":         (64,          80,            80,         64),
+    "small_first":        ("",          "",            "",         ""),
+    "epochs":             (5,           5,             5,          10),
+    "batch_size":         (128,         128,           128,        128),
+    "lr":                 (1e-3,        1e-3,          1e-3,       3e-3),
+    "stage_lr_scale":     (0.6,         0.6,           0.6,        1.0),
+    "warmup":             (0.1,         0.1,           0.1,        0.1),
+    "weight_decay":       (0.05,        0.05,          0.05,       0.05),
+    "dropout":            (0.2,         0.2,           0.2,        0.2),
+    "label_smoothing":    (0.1,         0.1,           0.1,        0.1),
+    "flip":               ("alternating",) * 4,
+    "translate":          (0,           0,             0,          2),
+    "cutout":             (0,) * 4,
+    "val_fraction":       (0.04,) * 4,
+}  # fmt: skip
+# What changes with the part that trains: moved images have no output that could be kept.
+BY_PART: dict[str, dict[str, Any]] = {
+    "head": {"epochs": 10, "translate": 0},
+    "last": {"epochs": 5, "translate": 0},
+    "all": {"epochs": 10, "translate": 2},
+}
+FROM_SCRATCH: dict[str, Any] = {"unfreeze": "all", "stage_lr_scale": 1.0}  # nothing to keep
+
+
+def custom(given: dict[str, Any]) -> CustomSettings:
+    """The settings of a training from scratch: what was given, over the recipe's defaults."""
+    recipe = given.get("recipe", CustomSettings.recipe)
+    return CustomSettings(**_column(BY_RECIPE, RECIPES, recipe) | given)
+
+
+def finetune(given: dict[str, Any]) -> FineTuneSettings:
+    """The settings of a fine-tuning: what was given, over the network's defaults.
+
+    Raises:
+        UnusableInput: see `Settings`; or images are to be moved whose output is to be kept.
+    """
+    defaults = _column(BY_NETWORK, NETWORKS, given.get("arch", FineTuneSettings.arch))
+    usual = defaults["unfreeze"]
+    if given.get("weights") == "none":
+        defaults |= FROM_SCRATCH
+    part = given.get("unfreeze", defaults["unfreeze"])
+    if part != usual:
+        defaults |= BY_PART.get(part, {})
+    chosen = FineTuneSettings(**defaults | given)
+    if chosen.cached and (chosen.translate or chosen.cutout or chosen.small_first):
+        raise UnusableInput(
+            "--translate, --cutout and --small-first change the input of the frozen part, whose "
+            "output is kept: add --no-cache, or leave them out"
+        )
+    return chosen
+
+
+def _column(table: dict[str, tuple], names: tuple[str, ...], name: str) -> dict[str, Any]:
+    if name not in names:
+        raise UnusableInput(f"{printable(name)} is unknown: choose from {', '.join(names)}")
+    return {key: row[names.index(name)] for key, row in table.items()}
+
+
+def by_name(table: dict[str, tuple], names: tuple[str, ...], usual: str) -> dict[str, dict]:
+    """The columns of a table under their names, the usual one first; `--help` shows them."""
+    return {name: _column(table, names, name) for name in sorted(names, key=lambda n: n != usual)}
+
+
+def changed(settings: Settings) -> dict[str, Any]:
+    """What differs from the recipe's or network's defaults, files and names aside."""
+    usual = {"recipe": settings.recipe} if isinstance(settings, CustomSettings) else {}
+    usual = custom(usual) if usual else finetune({"arch": settings.arch})
+    ignored = {"run_name", "seed", "device", *HARMLESS}
+    before = usual.plain()
+    return {k: v for k, v in settings.plain().items() if v != before[k] and k not in ignored}

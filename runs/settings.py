@@ -1,0 +1,236 @@
+"""The settings of a run, declared once: name, type, default, help and rule; no torch in here.
+
+A default that depends on the recipe or on the network stands in `runs/recipes.py`.
+"""
+
+import dataclasses
+import math
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from errors import UnusableInput, printable
+
+
+def setting(default: Any, group: str, help: str, **rules: Any) -> Any:
+    """One setting.
+
+    Args:
+        default: None where `runs/recipes.py` or something else decides.
+        group: heading in `--help`.
+        help: what a student needs to know.
+        rules: `at_least` and `below` bound it, `choices` lists its values, `shown` says what None
+            stands for; `harmless` ones cannot change a result.
+    """
+    return field(default=default, metadata={"group": group, "help": help, **rules})
+
+
+DAILY = "every day"
+FIT = "how it learns"
+LOOK = "what it sees"
+FILES = "files"
+RARE = "rarely needed"
+GROUPS = (DAILY, FIT, LOOK, FILES, RARE)  # in the order of `--help`
+
+TEST_FRACTION = 0.15  # of a folder of pictures that brings no test split
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What both training scripts share; `--name` on the command line is `name` here.
+
+    Raises:
+        UnusableInput: a value breaks its rule; the message gives value, rule and remedy.
+    """
+
+    epochs: int = setting(None, DAILY, "passes over the training images", at_least=1)
+    device: str = setting("auto", DAILY, "auto (a GPU where there is one), cpu, cuda, cuda:1, mps")
+    run_name: str | None = setting(None, DAILY, "name of the run's files", shown="the network's")
+    resume: bool = setting(
+        False, DAILY, "go on with the unfinished run of this name, or start it", harmless=True
+    )
+    limit: int | None = setting(
+        None, DAILY, "use the first N images of each split, to try things out", at_least=4
+    )
+    seed: int = setting(
+        0, DAILY, "another number gives other first weights and order", at_least=0, below=2**31
+    )
+    pictures: Path | None = setting(
+        None, DAILY, "a folder of your own pictures, one folder a class, instead of CIFAR-10"
+    )
+
+    batch_size: int = setting(None, FIT, "images a step learns from", at_least=4)
+    lr: float = setting(
+        None, FIT, "peak learning rate: how far a step goes", at_least=1e-9, below=1e4
+    )
+    warmup: float = setting(
+        None, FIT, "share of the steps in which the learning rate rises", at_least=0, below=1
+    )
+    weight_decay: float = setting(None, FIT, "pull of the weights towards 0", at_least=0, below=100)
+    label_smoothing: float = setting(
+        None, FIT, "share of the truth given to the other classes", at_least=0, below=1
+    )
+    flip: str = setting(
+        None,
+        LOOK,
+        "mirror images: by a coin, or every second epoch",
+        choices=("none", "random", "alternating"),
+    )
+    translate: int = setting(
+        None, LOOK, "move images by up to so many pixels", at_least=0, below=513
+    )
+    cutout: int = setting(None, LOOK, "blank a square of this side, pixels", at_least=0, below=513)
+    small_first: str = setting(
+        None, LOOK, "0.5:24 shows the first half of the steps at 24 pixels, which costs less"
+    )
+    image_size: int | None = setting(
+        None, LOOK, "side of the network's input, pixels", at_least=16, below=513
+    )
+    val_fraction: float = setting(
+        None, LOOK, "share of the training images kept aside to validate on", at_least=0, below=1
+    )
+
+    data_dir: Path = setting(Path("data"), FILES, "where CIFAR-10 is kept", harmless=True)
+    checkpoint_dir: Path = setting(Path("checkpoints"), FILES, "where weights go", harmless=True)
+    results_dir: Path = setting(
+        Path("results"), FILES, "where numbers and pictures go", harmless=True
+    )
+    save_every: float = setting(
+        5.0, FILES, "minutes between saved states, at most", at_least=1e-4, harmless=True
+    )
+
+    weights: str | None = setting(
+        None, RARE, "begin from a checkpoint of this project or a file of weights"
+    )
+    precision: str = setting(
+        "auto", RARE, "number format; auto takes the faster one", choices=("auto", "fp32", "bf16")
+    )
+    compile: bool = setting(False, RARE, "use torch.compile (slow to start)")
+
+    def __post_init__(self):
+        for entry in dataclasses.fields(self):
+            value, low = getattr(self, entry.name), entry.metadata.get("at_least")
+            high = entry.metadata.get("below", math.inf)
+            if low is not None and value is not None and not low <= value < high:
+                bounds = f"at least {low}" + (f" and below {high}" if high < math.inf else "")
+                raise UnusableInput(
+                    f"{flag(entry.name)} {value}: must be {bounds} ({entry.metadata['help']})"
+                )
+            choices = entry.metadata.get("choices")
+            if choices and value is not None and value not in choices:
+                raise UnusableInput(
+                    f"{flag(entry.name)} {printable(value)}: choose from {', '.join(choices)}"
+                )
+        if self.run_name is not None and (fault := name_fault(self.run_name)):
+            raise UnusableInput(
+                f"--run-name {printable(self.run_name)}: {fault}; folders go in --checkpoint-dir "
+                "and --results-dir"
+            )
+        sizes(self.small_first)
+
+    def plain(self) -> dict[str, Any]:
+        """The settings as JSON takes them."""
+        return {
+            key: str(value) if isinstance(value, Path) else value
+            for key, value in dataclasses.asdict(self).items()
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class CustomSettings(Settings):
+    """What `train_custom.py` can be told."""
+
+    recipe: str = setting(
+        "modern",
+        DAILY,
+        "a named set of defaults",
+        choices=("classic", "modern", "speedrun", "best"),
+    )
+    network: str = setting(
+        None, FIT, "shape of the nine layers", choices=("tutorial", "slim", "wide", "widest")
+    )
+    optimizer: str = setting(
+        None, FIT, "how gradients become steps", choices=("adam", "adamw", "sgd", "muon")
+    )
+    schedule: str = setting(None, FIT, "how the learning rate falls", choices=("cosine", "linear"))
+    bias_lr_scale: float = setting(
+        None, FIT, "learning rate of biases, times --lr", at_least=0, below=1e4
+    )
+    muon_lr: float = setting(
+        None, FIT, "muon: how far a step turns a layer's weights", at_least=0, below=1
+    )
+    batchnorm_momentum: float = setting(
+        None, FIT, "share of the newest batch in BatchNorm's memory", at_least=1e-3, below=1.001
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FineTuneSettings(Settings):
+    """What `finetune.py` can be told."""
+
+    arch: str = setting(
+        "resnet18",
+        DAILY,
+        "the network",
+        choices=("vgg19", "resnet18", "resnet50", "mobilenet_v3_small"),
+    )
+    weights: str = setting(
+        "imagenet", DAILY, "begin from imagenet, none (random), a file of weights or a checkpoint"
+    )
+    unfreeze: str = setting(
+        None, FIT, "which part trains; the rest stays", choices=("head", "last", "all")
+    )
+    # Not Muon: it sets the norms of the layers, and pretrained ones are to keep theirs.
+    optimizer: str = setting("adamw", FIT, "how gradients become steps", choices=("adam", "adamw"))
+    stage_lr_scale: float = setting(
+        None, FIT, "learning rate of each stage, times that of the next", at_least=0, below=2
+    )
+    dropout: float = setting(
+        None, FIT, "share of the classifier's inputs left out at random", at_least=0, below=1
+    )
+    cache: bool = setting(True, RARE, "compute the frozen part once and keep its output")
+
+    @property
+    def cached(self) -> bool:
+        """Whether the frozen part's output is kept."""
+        return self.cache and self.unfreeze != "all"
+
+
+# Settings that say where and how often files are written, not what is computed.
+HARMLESS = {e.name for e in dataclasses.fields(Settings) if e.metadata.get("harmless")}
+
+
+def sizes(text: str) -> tuple[tuple[float, int], ...]:
+    """Reads `--small-first`: "0.3:16,0.6:24" gives ((0.3, 16), (0.6, 24))."""
+    try:
+        pairs = (part.split(":") for part in text.split(",") if text)
+        found = tuple((float(share), int(side)) for share, side in pairs)
+        shares = [share for share, _ in found]
+        if shares == sorted(set(shares)) and all(0 < f < 1 and 16 <= s < 513 for f, s in found):
+            return found
+    except ValueError:
+        pass
+    raise UnusableInput(
+        f"--small-first {printable(text)}: must be shares of the steps, rising, each with a side "
+        "of at least 16 pixels, like 0.3:16,0.6:24; or empty"
+    )
+
+
+def name_fault(name: str) -> str:
+    """Why a run's name makes no file names of its own on every system; empty where it does."""
+    lower = name.lower()
+    if not re.fullmatch(r"\w[\w.+-]*", name) or lower.endswith("."):
+        return "must be a plain name of letters, digits and ._+-"
+    if len(name.encode()) > 100:
+        return "must be at most 100 bytes long"
+    if ".pt" in lower or lower.endswith((".resume", ".md", ".html")) or lower == "reference":
+        return "must not look like another file of a run"
+    if re.fullmatch(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", lower):
+        return "is a device on Windows; take another"
+    return ""
+
+
+def flag(name: str) -> str:
+    """The command-line flag of a setting."""
+    return "--" + name.replace("_", "-")

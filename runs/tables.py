@@ -1,0 +1,228 @@
+"""Tables that compare finished runs, made from their config.json and test.json."""
+
+import json
+import re
+import statistics
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from errors import printable
+from runs import page
+from runs.settings import HARMLESS
+from storage.files import locked, write_atomically
+
+Row = dict[str, Any]
+# How the code behaved before a setting existed, for runs whose config.json lacks it.
+ABSENT = {
+    **{"small_first": "", "schedule": "cosine", "batchnorm_momentum": 0.1, "muon_lr": 0.0},
+    **dict.fromkeys(("pictures", "image_size", "weights")),
+}
+
+HEADER = """\
+# Results
+
+Written at the end of every training, and by `python evaluate.py`, from the `config.json` and
+`test.json` of every run; changes made here by hand are lost.
+
+Test accuracy is the top-1 accuracy on the test split, which a training reads once, after its last
+epoch; with TTA, the predictions for several views of each image are averaged. A recipe's name is
+followed by the settings that were changed. Start weights are those training began from. Parameters
+are all of the network's, in millions. Minutes are those of training, on the hardware named beside
+them. A run on part of the data says so beside its accuracy: it does not compare with the others.
+
+"""
+
+
+def comparison_rows(results_dir: Path) -> list[Row]:
+    """One row for every finished run in results_dir/*/{config.json,test.json}, best first.
+
+    A run whose files cannot be read costs one line on stderr, not the table; one that has no test
+    result yet is left out. Runs on part of the data come last.
+
+    Returns:
+        Rows with `run`, `network`, `recipe`, `weights`, `epochs`, `top1` and `top1_tta`
+        (fractions), `limit`, `parameters`, `seconds`, `hardware`, `seed`, `date` and `settings`
+        (equal for runs that differ in their seed alone); None for what a file does not say.
+    """
+    rows = []
+    for path in sorted(results_dir.glob("*/test.json")):
+        try:
+            rows.append(_row(path.parent))
+        except FileNotFoundError:
+            print(f"{path.parent}: left out, it has no config.json", file=sys.stderr)
+        except (OSError, ValueError, AttributeError, TypeError) as error:  # odd JSON
+            print(f"{path.parent}: left out, {printable(error)}", file=sys.stderr)
+    return sorted(rows, key=lambda row: (row["limit"] is not None, -row["top1"]))
+
+
+def comparison_table(rows: Sequence[Row]) -> str:
+    """A Markdown table of the runs, and a second one over seeds where a setting has several.
+
+    The spread is the standard deviation of a sample (n - 1). Of runs with equal settings and equal
+    seeds only one counts, the least accurate: repeating a seed says nothing about the spread.
+    """
+    if not rows:
+        return "No finished run yet.\n"
+    setting = {
+        "Network": lambda row: _escape(row["network"]),
+        "Recipe": lambda row: _escape(row["recipe"]),
+        "Start weights": lambda row: _escape(row["weights"]),
+        "Epochs": lambda row: _text(row["epochs"]),
+        "Hardware": lambda row: _escape(row["hardware"]),
+    }
+    run = {
+        "Run": lambda row: f"[{_escape(row['run'])}]({quote(row['run'])}/)",
+        **setting,
+        "Test accuracy (%)": lambda row: _percent(row["top1"]) + _part(row),
+        "With TTA (%)": lambda row: _percent(row["top1_tta"]) + _part(row),
+        "Parameters (M)": lambda row: _scaled(row["parameters"], 1e6),
+        "Minutes": lambda row: _scaled(row["seconds"], 60),
+        "Seed": lambda row: _text(row["seed"]),
+        "Date": lambda row: _escape(row["date"]),
+    }
+    text = _markdown(run, rows)
+
+    by_seed = defaultdict(dict)
+    for row in rows:
+        if row["limit"] is None:
+            by_seed[row["settings"]][row["seed"]] = row
+    groups = [list(group.values()) for group in by_seed.values()]
+    repeated = [{**group[0], "runs": group} for group in groups if len(group) > 1]
+    if repeated:
+        spread = {
+            **setting,
+            "Runs": lambda row: str(len(row["runs"])),
+            "Test accuracy (%)": lambda row: _spread(row["runs"], "top1"),
+            "With TTA (%)": lambda row: _spread(row["runs"], "top1_tta"),
+            "Minutes": lambda row: _mean_minutes([r["seconds"] for r in row["runs"]]),
+        }
+        text += "\nMean ± standard deviation over runs that differ in their seed alone:\n\n"
+        text += _markdown(spread, repeated)
+    return text
+
+
+def terminal_table(rows: Sequence[Row]) -> str:
+    """The runs as aligned text within 80 columns; long names are cut."""
+    if not rows:
+        return "no finished run yet"
+    lines = [("run", "network", "epochs", "test %", "TTA %", "minutes", "")]
+    for row in rows:
+        accuracies = _percent(row["top1"]), _percent(row["top1_tta"])
+        network, epochs = _text(row["network"]), _text(row["epochs"])
+        note = "" if row["limit"] is None else "on part"
+        minutes = _scaled(row["seconds"], 60)
+        lines.append(
+            (printable(row["run"]), printable(network), epochs, *accuracies, minutes, note)
+        )
+    return "\n".join(
+        f"{run:<23.23} {network:<18.18} {epochs:>6} {top1:>6} {tta:>6} {minutes:>7} {note}".rstrip()
+        for run, network, epochs, top1, tta, minutes, note in lines
+    )
+
+
+def write(results_dir: Path) -> list[Row]:
+    """Writes the tables of all runs, README.md and index.html, and returns their rows."""
+    with locked(results_dir / "README.lock", wait=True):  # or a run that ends meanwhile is lost
+        rows = comparison_rows(results_dir)
+        write_atomically(results_dir / "README.md", HEADER + comparison_table(rows))
+        page.write_index(results_dir, rows)
+    return rows
+
+
+def _row(run_dir: Path) -> Row:
+    run, test = _read(run_dir / "config.json"), _read(run_dir / "test.json")
+    top1 = test.get("top1")
+    if not (isinstance(top1, float | int) and 0 <= top1 <= 1):  # NaN fails too
+        raise ValueError(f"top1 {top1!r} in test.json must be a fraction in [0, 1]")
+    config = run.get("config", {})
+    environment = run.get("environment", {})
+    ignored = {"seed", "run_name", "device", "network", *HARMLESS}  # the surgery says which
+    settings = {k: v for k, v in (ABSENT | config).items() if k not in ignored}
+    unfreeze = config.get("unfreeze")
+    recipe = config.get("recipe") or (f"fine-tune {unfreeze}" if unfreeze else None)
+    changed = ", ".join(f"{key} {value}" for key, value in run.get("changed", {}).items())
+    return {
+        "run": run_dir.name,
+        "network": run.get("arch"),
+        "recipe": f"{recipe} ({changed})" if changed else recipe,
+        "weights": Path(config.get("weights") or "none").name,
+        "epochs": config.get("epochs"),
+        "top1": top1,
+        "top1_tta": test.get("top1_tta"),
+        "limit": config.get("limit"),
+        "parameters": run.get("parameters", {}).get("total"),
+        "seconds": run.get("train_seconds"),
+        "hardware": environment.get("hardware"),
+        "seed": config.get("seed"),
+        "date": run.get("date"),
+        "settings": json.dumps(
+            [
+                *(settings, run.get("arch"), {"momentum": 0.1} | (run.get("surgery") or {})),
+                *(run.get("start_weights") or {"source": "random"}, run.get("precision")),
+                environment.get("hardware"),
+            ],
+            sort_keys=True,
+        ),
+    }
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path.name} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path.name} holds no JSON object")
+    return content
+
+
+def read_test_report(run_dir: Path) -> dict[str, Any]:
+    """The test.json of a run; empty where there is none that can be read."""
+    try:
+        return _read(run_dir / "test.json")
+    except (OSError, ValueError):
+        return {}
+
+
+def _text(value: Any) -> str:
+    return "-" if value is None else str(value)
+
+
+def _part(row: Row) -> str:
+    return "" if row["limit"] is None else f" (first {row['limit']:,} images)"
+
+
+def _percent(fraction: float | None) -> str:
+    return "-" if fraction is None else f"{100 * fraction:.2f}"
+
+
+def _scaled(value: float | None, unit: float) -> str:
+    return "-" if value is None else f"{value / unit:.1f}"
+
+
+def _spread(runs: Sequence[Row], key: str) -> str:
+    values = [100 * row[key] for row in runs if row[key] is not None]
+    if len(values) < len(runs):  # a mean over fewer runs than the table says would mislead
+        return "-"
+    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
+
+
+def _mean_minutes(seconds: list[float | None]) -> str:
+    return "-" if None in seconds else _scaled(statistics.mean(seconds), 60)
+
+
+def _escape(value: Any) -> str:
+    """Text that Markdown shows as it is, in one table cell; underscores inside words are safe."""
+    text = " ".join(_text(value).split())
+    return re.sub(r"[\\`*|<>&~\[\]]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", text)
+
+
+def _markdown(columns: dict[str, Callable[[Row], str]], rows: Sequence[Row]) -> str:
+    """A table with a line for each row, its cells made by the functions beside the headings."""
+    lines = [columns, ["---"] * len(columns)]
+    lines += [[cell(row) for cell in columns.values()] for row in rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)

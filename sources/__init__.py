@@ -1,0 +1,1 @@
+"""CIFAR-10, ImageNet weights, a person's own pictures: verified before they are used."""

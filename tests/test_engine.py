@@ -1,0 +1,288 @@
+import random
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from torch import nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import data
+import device
+import engine
+import models
+from optimizers import make_optimizer, parameter_groups
+from storage.checkpoint import digest
+
+CPU = torch.device("cpu")
+LEARNING = {"epochs": 2, "lr": 3e-3, "warmup": 0.2, "label_smoothing": 0.1}
+
+ALONE = """
+import sys; sys.path.insert(0, "."); import engine, torch
+torch.manual_seed(0)
+x = torch.randn(64, 3, 8, 8); labels = (x.mean((1, 2, 3)) > 0).long()
+class Batches:
+    num_images, num_steps = 64, 4
+    def epoch(self, epoch, first_step=0):
+        yield from list(zip(x.split(16), labels.split(16)))[first_step:]
+model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 2))
+groups = [{"params": list(model.parameters()), "lr_scale": 1.0}]
+optimizer = torch.optim.SGD(groups, lr=0.1, fused=True)
+before, _ = engine.evaluate(model, x.split(10), labels)
+yielded = [at.step for at in engine.train(model, optimizer, Batches(), epochs=5, lr=0.1)]
+loss, accuracy = engine.evaluate(model, x.split(10), labels)
+assert yielded == [1, 2, 3, 4, 0] * 5
+assert loss < before / 2 and accuracy > 0.9
+"""
+
+
+def test_engine_alone_trains_a_small_network(tmp_path):
+    shutil.copy(ROOT / "engine.py", tmp_path)
+    words = [sys.executable, "-I", "-W", "error", "-c", ALONE]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+def beginning(kind="adamw"):
+    """A network with everything in it that a step could change, and its optimiser."""
+    torch.manual_seed(0)
+    conv = nn.Conv2d(3, 8, 3, bias=False)
+    head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10)
+    model = nn.Sequential(conv, nn.BatchNorm2d(8), nn.GELU(), *head)
+    return model, optimizer_of(model, kind)
+
+
+def optimizer_of(model, kind):
+    groups = parameter_groups(model, optimizer=kind, weight_decay=0.1, muon_lr_scale=50)
+    return make_optimizer(groups, kind, 3e-3, "fp32")
+
+
+def whole_state(model, optimizer):
+    return digest([dict(model.state_dict()), optimizer.state_dict()])
+
+
+@pytest.fixture
+def loader(sample):
+    return batches(sample)
+
+
+def batches(sample, **options):
+    images = torch.from_numpy(sample["train_images"][:96])
+    split = data.Split(images, torch.from_numpy(sample["train_labels"][:96]).long())
+    stats, changes = data.channel_stats(sample["train_images"]), data.Augmentation("random", 2, 4)
+    return data.TrainBatches(split, stats, 32, augmentation=changes, num_epochs=2, **options)
+
+
+def test_learning_rate_rises_linearly_and_falls_as_a_cosine_or_a_line_to_zero():
+    factors = [engine.lr_factor(step, 100, 0.2) for step in range(100)]
+    np.testing.assert_allclose(np.diff(factors[:21]), 1 / 21)
+    assert factors[20] == 1.0
+    assert factors[60] == pytest.approx(0.5)
+    assert factors[20:] == sorted(factors[20:], reverse=True)
+    assert 0 < factors[99] < 1e-3
+    assert engine.lr_factor(0, 100, 0.0) == 1.0
+    line = [engine.lr_factor(step, 100, 0.2, "linear") for step in range(20, 100)]
+    np.testing.assert_allclose(line, 1 - np.arange(80) / 80)
+
+
+def test_training_yields_each_step_and_each_end_of_an_epoch_with_sums_of_the_epoch(loader):
+    model, optimizer = beginning()
+    begun = [p.clone() for p in model.parameters()]
+    seen = [
+        (at.epoch, at.step, at.sums[2].item(), at.lr, at.bad_step.item())
+        for at in engine.train(model, optimizer, loader, **LEARNING)
+    ]
+    rates = [3e-3 * engine.lr_factor(step, 6, 0.2) for step in range(6)]
+    assert seen == [
+        *((0, step, 32 * step, rates[step - 1], -1) for step in (1, 2, 3)),
+        (1, 0, 96, rates[2], -1),
+        *((1, step, 32 * step, rates[step + 2], -1) for step in (1, 2, 3)),
+        (2, 0, 96, rates[5], -1),
+    ]
+    assert not any(map(torch.equal, begun, model.parameters()))
+
+
+@pytest.mark.parametrize("small_first", [(), ((0.3, 16), (0.7, 24))])
+@pytest.mark.parametrize("kind", ["adamw", "sgd", "muon"])
+def test_training_entered_within_an_epoch_gives_the_same_bits(sample, kind, small_first):
+    loader = batches(sample, small_first=small_first)
+    whole, half, rest = beginning(kind), beginning(kind), beginning(kind)
+    *_, end = engine.train(*whole, loader, **LEARNING)
+    for at in engine.train(*half, loader, **LEARNING):
+        if (at.epoch, at.step) == (1, 1):
+            break
+    for begun, stopped in zip(rest, half, strict=True):
+        begun.load_state_dict(stopped.state_dict())
+    at = engine.Progress(at.epoch, at.step, sums=at.sums.clone())
+    *_, at = engine.train(*rest, loader, progress=at, **LEARNING)
+    assert whole_state(*rest) == whole_state(*whole)
+    assert torch.equal(at.sums, end.sums)
+
+
+@pytest.mark.parametrize("kind", ["adam", "adamw", "sgd", "muon"])
+@pytest.mark.parametrize("fault", ["inputs", "one gradient"])
+@pytest.mark.parametrize("good_before", [0, 2])
+def test_a_step_that_is_not_finite_changes_nothing_at_all(kind, fault, good_before):
+    def step(x, labels):
+        return engine.train_step(model, optimizer, x, labels, 1e-2)[1].item()
+
+    torch.manual_seed(1)
+    steps = [(torch.randn(16, 3, 8, 8), torch.arange(16) % 10) for _ in range(good_before + 1)]
+    results = set()
+    for disturbed in (False, True):
+        model, optimizer = beginning(kind)
+        model.train()
+        assert not any(step(*batch) for batch in steps[:good_before])
+        if disturbed:
+            before, x = whole_state(model, optimizer), torch.full((16, 3, 8, 8), 2.0)
+            if fault == "inputs":
+                x[3] = torch.nan
+            else:  # the loss is finite, and so are most gradients
+                hook = model[0].weight.register_hook(lambda gradient: gradient * torch.inf)
+            assert step(x, torch.zeros(16, dtype=torch.int64))
+            if fault != "inputs":
+                hook.remove()
+            if good_before:  # before, the optimiser had no moments at all
+                assert whole_state(model, optimizer) == before
+        assert not step(*steps[-1])
+        results.add(whole_state(model, optimizer))
+    assert len(results) == 1
+
+
+def test_weight_decay_spares_biases_and_batchnorm_except_with_adam():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 2))
+    for optimizer, decayed in (("adamw", 2), ("sgd", 2), ("adam", 6)):
+        groups = parameter_groups(model, optimizer=optimizer, weight_decay=0.1)
+        assert sum(len(g["params"]) for g in groups) == 6
+        assert sum(len(g["params"]) for g in groups if g["weight_decay"]) == decayed
+
+
+def test_muon_moves_convolutions_alike_in_all_directions():
+    model, optimizer = beginning("muon")
+    conv = model[0]
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == 5
+    x, labels = torch.randn(64, 3, 32, 32), torch.arange(64) % 10
+    before = [p.detach().clone() for p in model.parameters()]
+    gradient = torch.autograd.grad(F.cross_entropy(model(x), labels), conv.weight)[0].flatten(1)
+    engine.train_step(model, optimizer, x, labels, 3e-3)
+    assert not any(map(torch.equal, before, model.parameters()))
+    normed = before[0] / before[0].norm() * 8**0.5
+    step = (normed - conv.weight.detach()).flatten(1) / (50 * 3e-3)
+    left, values, right = torch.linalg.svd(gradient, full_matrices=False)
+    moved = left.T @ step @ right.T  # in the directions of the gradient
+    assert values[0] > 3 * values[-1]
+    assert moved.diag().min() > 0.5
+    assert moved.diag().max() < 1.3
+    torch.testing.assert_close(moved, moved.diag().diag(), atol=1e-3, rtol=0)
+
+
+def test_frozen_batchnorm_statistics_do_not_move():
+    frozen, trained = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+    frozen.requires_grad_(False)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), frozen, nn.Conv2d(4, 4, 3), trained)
+    before = digest(dict(frozen.state_dict())), trained.running_mean.clone()
+    engine.train_mode(model)
+    model(torch.randn(8, 3, 8, 8))
+    assert digest(dict(frozen.state_dict())) == before[0]
+    assert not torch.equal(before[1], trained.running_mean)
+
+
+def test_prediction_covers_the_last_partial_batch_keeps_order_and_sees_through_a_wrapper(sample):
+    images, labels = (torch.from_numpy(sample[f"test_{kind}"]) for kind in ("images", "labels"))
+    x, labels = data.normalize(images, data.channel_stats(sample["test_images"])), labels.long()
+    model = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(3072, 10))
+    whole, _ = engine.predict(model, [x])
+    in_parts, _ = engine.predict(nn.Sequential(model), x.split(7))
+    torch.testing.assert_close(in_parts, whole)
+    mirrored, _ = engine.predict(model, [x.flip(3)])
+    plain, averaged = engine.predict(model, x.split(9), tta="flip")
+    torch.testing.assert_close(plain, whole)
+    torch.testing.assert_close(averaged, (whole + mirrored) / 2)
+    loss, accuracy = engine.evaluate(model, x.split(7), labels)
+    assert loss == pytest.approx(F.cross_entropy(whole, labels).item())
+    assert accuracy == (whole.argmax(1) == labels).double().mean().item()
+    model[2].bias.data[0] = torch.nan
+    assert np.isnan(engine.evaluate(model, x.split(7), labels)[0])
+
+
+def test_crops_are_the_image_and_two_moved_by_a_pixel_each_with_its_mirror_image():
+    x = torch.randn(2, 3, 32, 32)
+    padded = np.pad(x.numpy(), ((0, 0), (0, 0), (1, 1), (1, 1)), mode="reflect")
+    moved = [padded[:, :, start : start + 32, start : start + 32] for start in (1, 0, 2)]
+    expected = [view for each in moved for view in (each, each[..., ::-1])]
+    np.testing.assert_array_equal(list(engine.views(x, "crops")), expected)
+
+
+class NoDoubles(TorchDispatchMode):
+    """Refuses what an Apple GPU refuses."""
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        result = function(*arguments, **(options or {}))
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            assert getattr(tensor, "dtype", None) != torch.float64, function
+        return result
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_training_and_prediction_need_no_double_on_the_device(sample, kind):
+    loader, model = batches(sample, small_first=((0.5, 24),)), models.CustomCNN()
+    with NoDoubles():
+        for _ in engine.train(model, optimizer_of(model, kind), loader, epochs=1, lr=1e-3):
+            pass
+        engine.predict(model, data.inputs(loader.split.images, loader.stats, 32), tta="crops")
+    with pytest.raises(AssertionError), NoDoubles():
+        torch.zeros(2).double()
+
+
+PROBED = nn.Sequential(nn.BatchNorm2d(3), nn.Dropout(0.5), nn.Flatten(), nn.Linear(3072, 10))
+BATCH = torch.randn(8, 3, 32, 32), torch.zeros(8, dtype=torch.int64)
+
+
+def fake_clock(monkeypatch, seconds, step=lambda *_: None):
+    """Lets the steps of `choose_precision` take `seconds(precision)`."""
+    clock = [0.0]
+
+    def timed(probe, *arguments):
+        step(probe, *arguments)
+        clock[0] += seconds(probe.precision)
+
+    monkeypatch.setattr(device._Probe, "__call__", timed)
+    monkeypatch.setattr(device.time, "thread_time", lambda: clock[0])
+
+
+@pytest.mark.parametrize(("seconds", "best"), [(0.80, "bf16"), (0.86, "fp32")])
+def test_bf16_must_gain_a_fifth_and_measuring_it_leaves_no_trace(monkeypatch, seconds, best):
+    def state():
+        weights = digest(dict(PROBED.state_dict()))
+        return weights, torch.get_rng_state().tolist(), torch.get_num_threads()
+
+    before, times = state(), {"fp32": 1.0, "bf16": seconds}
+    fake_clock(monkeypatch, times.get, device._Probe.__call__)
+    precision, reason = device.choose_precision("auto", PROBED, BATCH, CPU)
+    assert precision == best
+    assert "fp32 8" in reason
+    assert state() == before
+    assert device.choose_precision("bf16", PROBED, BATCH, CPU)[0] == "bf16"
+
+
+@pytest.mark.parametrize(("gain", "best"), [(1.8, "bf16"), (1.0, "fp32")])
+def test_a_load_beside_it_never_flips_the_choice_of_precision(monkeypatch, gain, best):
+    chance, load = random.Random(0), [1.0]
+
+    def seconds(precision):
+        load[0] = min(max(load[0] * chance.uniform(0.9, 1.11), 1), 3)  # comes and goes slowly
+        jitter = chance.uniform(1, 1.1) * (2 if chance.random() < 0.1 else 1)
+        return load[0] * jitter / (gain if precision == "bf16" else 1)
+
+    fake_clock(monkeypatch, seconds)
+    chosen = {device.choose_precision("auto", PROBED, BATCH, CPU)[0] for _ in range(200)}
+    assert chosen == {best}
+
+
+def test_the_real_clock_gives_one_choice(loader):
+    batch, model = next(loader.epoch(0)), models.CustomCNN()
+    assert len({device.choose_precision("auto", model, batch, CPU)[0] for _ in range(3)}) == 1

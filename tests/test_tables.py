@@ -1,0 +1,177 @@
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT
+
+import models
+import train_custom
+from runs import recipes, tables
+from storage.files import write_json
+
+HARDWARE = "2 cores | <x>"
+
+
+def write_run(folder, seed, top1, arguments=(), **changes):
+    """Leaves what a run of `train_custom.py` with these arguments leaves."""
+    settings = train_custom.parse([*arguments, "--seed", str(seed), "--run-name", "a"])
+    run = {
+        "arch": "custom_cnn",
+        "surgery": models.NETWORKS[settings.network] | {"momentum": settings.batchnorm_momentum},
+        "config": settings.plain() | {"run_name": folder.name},
+        "changed": recipes.changed(settings),
+        "start_weights": {"source": "random"},
+        "precision": "bf16",
+        "environment": {"hardware": HARDWARE},
+        "parameters": {"total": 1_500_000},
+        "train_seconds": 90.0,
+        "date": "2025-01-01",
+    }
+    write_json(folder / "config.json", run | changes)
+    write_json(folder / "test.json", {"top1": top1, "top1_tta": None})
+
+
+def groups(results_dir):
+    """The lines of the second table: what was pooled."""
+    _, _, second = tables.comparison_table(tables.comparison_rows(results_dir)).partition("Mean ±")
+    return [line for line in second.splitlines() if line.startswith("| custom")]
+
+
+def test_comparison_sorts_escapes_and_averages_over_seeds(tmp_path, capsys):
+    write_run(tmp_path / "the[first]_run_", 0, 0.90)
+    write_run(tmp_path / "second", 1, 0.92)
+    write_run(tmp_path / "other", 0, 0.91, ["--epochs", "20", "--lr", "0.1"])
+    rows = tables.write(tmp_path)
+    assert [row["run"] for row in rows] == ["second", "other", "the[first]_run_"]
+    lines = (tmp_path / "README.md").read_text(encoding="utf-8").splitlines()
+    assert (
+        r"| [the\[first\]\_run\_](the%5Bfirst%5D_run_/) | custom_cnn | modern | none | 24 "
+        r"| 2 cores \| \<x\> | 90.00 | - | 1.5 | 1.5 | 0 | 2025-01-01 |"
+    ) in lines
+    assert "| modern (epochs 20, lr 0.1) |" in next(line for line in lines if "[other]" in line)
+    assert (
+        lines[-1]
+        == r"| custom_cnn | modern | none | 24 | 2 cores \| \<x\> | 2 | 91.00 ± 1.41 | - | 1.5 |"
+    )
+    assert "the[first]_run_" in (tmp_path / "index.html").read_text(encoding="utf-8")
+    assert capsys.readouterr().err == ""
+
+
+def test_a_run_of_before_a_setting_existed_is_pooled_with_one_of_its_default(tmp_path):
+    write_run(tmp_path / "new", 0, 0.90)
+    for name, without in (("old", 1), ("older", 2)):
+        write_run(tmp_path / name, without, 0.92)
+        run = tables._read(tmp_path / name / "config.json")
+        for key in (*tables.ABSENT, "network"):
+            del run["config"][key]
+        del run["surgery"]["momentum"], run["changed"]
+        write_json(tmp_path / name / "config.json", run | {"start_weights": None})
+    [line] = groups(tmp_path)
+    assert "| 3 | 91.33 ± 1.15 |" in line
+    # A setting that is added needs its former value there, or it splits every group.
+    committed = tables._read(ROOT / "results/reference/custom_cnn-seed1/config.json")["config"]
+    today = train_custom.parse([]).plain()
+    assert today.keys() - committed.keys() <= {*tables.ABSENT, "network"}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"arguments": ["--limit", "500"]},
+        {"arguments": ["--lr", "0.1"]},
+        {"arguments": ["--network", "slim"]},
+        {"environment": {"hardware": "a GPU"}},
+        {"precision": "fp32"},
+        {"start_weights": {"source": "checkpoint", "file": "a.pt", "sha256": "0"}},
+    ],
+    ids=str,
+)
+def test_runs_that_differ_in_more_than_their_seed_are_never_pooled(tmp_path, changes):
+    for seed in (0, 1):
+        write_run(tmp_path / f"a{seed}", seed, 0.9)
+    write_run(tmp_path / "b", 2, 0.5, **changes)
+    [line] = groups(tmp_path)
+    assert "| 2 | 90.00 ± 0.00 |" in line
+
+
+def test_a_seed_counts_once_and_runs_on_part_of_the_data_are_marked_and_never_pooled(tmp_path):
+    for name, seed, top1 in (("a", 0, 0.9), ("b", 0, 0.8)):
+        write_run(tmp_path / name, seed, top1)
+    assert groups(tmp_path) == []  # a repeated seed says nothing about the spread
+    for seed in (1, 2):
+        write_run(tmp_path / f"part{seed}", seed, 0.99, ["--limit", "2000"])
+    assert groups(tmp_path) == []
+    rows = tables.comparison_rows(tmp_path)
+    assert [row["run"] for row in rows] == ["a", "b", "part1", "part2"]
+    assert "| 99.00 (first 2,000 images) |" in tables.comparison_table(rows)
+    shown = tables.terminal_table(rows).splitlines()
+    assert ["part" in line for line in shown] == [False] * 3 + [True] * 2
+    assert max(map(len, shown)) <= 80
+    write_run(tmp_path / "c", 1, 0.9, train_seconds=None)  # as an old file may be
+    assert groups(tmp_path)[0].endswith("| 2 | 85.00 ± 7.07 | - | - |")
+
+
+def test_runs_without_readable_files_are_left_out_with_one_line_each(tmp_path, capsys):
+    write_run(tmp_path / "whole-with-a-very-long-name-that-goes-on-and-on", 123456789, 0.9)
+    write_run(tmp_path / "cut", 0, 0.9)
+    (tmp_path / "cut/test.json").write_text('{"top1": 0.9')
+    write_run(tmp_path / "list", 0, 0.9)
+    (tmp_path / "list/config.json").write_text("[]")
+    write_run(tmp_path / "nan", 0, 0.9)
+    (tmp_path / "nan/test.json").write_text('{"top1": NaN}')
+    write_run(tmp_path / "odd", 0, 0.9, config=[], environment="x")
+    write_run(tmp_path / "running", 0, 0.9)
+    (tmp_path / "running/test.json").unlink()  # that of a run beside this one is no news
+    write_json(tmp_path / "benchmark/numbers.json", {})
+    rows = tables.comparison_rows(tmp_path)
+    notes = capsys.readouterr().err.splitlines()
+    left_out = [note.split(":")[0].rsplit("/")[-1] for note in notes]
+    assert left_out == ["cut", "list", "nan", "odd"]
+    head, line = tables.terminal_table(rows).splitlines()
+    assert len(head) == len(line) <= 80
+    assert "±" not in tables.comparison_table(rows)
+
+
+def test_no_runs_make_a_table_that_says_so(tmp_path):
+    assert tables.write(tmp_path / "absent") == []
+    assert "No finished run yet" in (tmp_path / "absent/README.md").read_text()
+    assert "no finished run yet" in tables.terminal_table([])
+
+
+# Writes its own run, then the tables; `slow` waits between reading the runs and writing the table.
+WRITER = """
+import contextlib, pathlib, sys, time
+sys.path.insert(0, sys.argv[1])
+from runs import tables
+from storage.files import write_json
+name, slow, lock = sys.argv[2], float(sys.argv[3]), sys.argv[4] == "lock"
+if not lock:
+    tables.locked = lambda path, wait: contextlib.nullcontext(True)
+read = tables.comparison_rows
+def comparison_rows(folder):
+    rows = read(folder)
+    pathlib.Path("has-read").touch()
+    time.sleep(slow)
+    return rows
+tables.comparison_rows = comparison_rows
+write_json(pathlib.Path(f"results/{name}/config.json"), {"arch": name})
+write_json(pathlib.Path(f"results/{name}/test.json"), {"top1": 0.5})
+tables.write(pathlib.Path("results"))
+"""
+
+
+@pytest.mark.parametrize(("lock", "both"), [("lock", True), ("no lock", False)])
+def test_two_runs_that_end_at_once_both_stand_in_the_table_thanks_to_the_lock(tmp_path, lock, both):
+    def writer(name, slow):
+        words = [sys.executable, "-c", WRITER, str(ROOT), name, slow, lock]
+        return subprocess.Popen(words, cwd=tmp_path)
+
+    first = writer("first", "1.5")
+    while not (tmp_path / "has-read").exists() and first.poll() is None:
+        time.sleep(0.01)
+    second = writer("second", "0")  # ends while the first has read and not yet written
+    assert [second.wait(60), first.wait(60)] == [0, 0]
+    table = (tmp_path / "results/README.md").read_text()
+    assert "[first]" in table
+    assert ("[second]" in table) == both
