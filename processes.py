@@ -179,6 +179,7 @@ def shared(model: nn.Module) -> nn.Module:
 class _GlobalBatchNorm(_BatchNorm):
     """BatchNorm over the batches of all processes; torch's own SyncBatchNorm refuses the CPU."""
 
+    @torch.compiler.disable  # its exchanges cannot be compiled
     def forward(self, x: Tensor) -> Tensor:
         affine, moments = (self.weight, self.bias), (self.running_mean, self.running_var)
         if not self.training:

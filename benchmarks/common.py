@@ -66,7 +66,10 @@ def write(args: argparse.Namespace, found: dict[str, Any] | list[dict[str, Any]]
 
 def earlier(args: argparse.Namespace) -> list[dict[str, Any]]:
     """The rows that `--output` holds already."""
-    return json.loads(args.output.read_text())["rows"] if args.output.exists() else []
+    rows = json.loads(args.output.read_text())["rows"] if args.output.exists() else []
+    if any("limit" not in row for row in rows):  # of recipes as they once were
+        raise SystemExit(f"{args.output} holds rows of an older form: move it, or give --output")
+    return rows
 
 
 def splits(settings: Settings, args: argparse.Namespace) -> Splits:

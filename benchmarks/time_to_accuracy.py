@@ -3,7 +3,8 @@
 A schedule that ends earlier is a training of its own: an accuracy counts as reached by a training
 that was planned for its number of epochs, from its start to its last step, not by a moment of a
 longer one. So every row is a complete run; the answer for an accuracy is the shortest whose mean
-over its seeds reaches it. The plain loop is that of `throughput.py`, on the classic network.
+over its seeds reaches it. Rows that `--output` holds are kept and not run again. The plain loop is
+that of `throughput.py`, on the classic network.
 """
 
 import json
@@ -71,9 +72,9 @@ def plain(epochs: int, seed: int, args: Namespace) -> dict[str, float]:
 
 def tables(rows: list[dict[str, Any]]) -> str:
     """Markdown: every training with its cost; then the shortest that reaches each accuracy."""
-    groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault((row["side"], row["epochs"]), []).append(row)
+    groups: dict[tuple[str, int, float], list[dict[str, Any]]] = {}
+    for row in rows:  # equal in their operations too, or a recipe has changed meanwhile
+        groups.setdefault((row["side"], row["epochs"], row["flop"]), []).append(row)
 
     def mean(group: list[dict[str, Any]], key: str) -> float:
         return statistics.mean(row[key] for row in group)
@@ -86,19 +87,19 @@ def tables(rows: list[dict[str, Any]]) -> str:
                 "PFLOP": f"{mean(group, 'flop') / 1e15:.3f}",
                 "Minutes": f"{mean(group, 'seconds') / 60:.2f}",
             }
-            for (side, epochs), group in groups.items()
+            for (side, epochs, _), group in groups.items()
         ]
     )
 
     def answer(side: str, key: str, target: float) -> str:
-        good = [g for (of, _), g in groups.items() if of == side and mean(g, key) >= target]
+        good = [g for (of, *_), g in groups.items() if of == side and mean(g, key) >= target]
         if not good:
             return "not reached"
         best = min(good, key=lambda group: mean(group, "seconds"))
         cost = f"{mean(best, 'seconds') / 60:.2f} min, {mean(best, 'flop') / 1e15:.3f} PFLOP"
         return f"{cost}, {best[0]['epochs']} epochs"
 
-    sides = dict.fromkeys(side for side, _ in groups)
+    sides = dict.fromkeys(side for side, *_ in groups)
     for key, title in VIEWS.items():
         answers = [
             {title: f"{100 * target:.2f}", **{side: answer(side, key, target) for side in sides}}
@@ -119,11 +120,12 @@ def main() -> None:
     rows = common.earlier(args)
     for seed in args.seeds:
         for side, _, epochs in (run.partition(":") for run in args.runs):
-            if args.only and side not in args.only:
+            row = {"side": side, "epochs": int(epochs), "seed": seed, "limit": args.limit}
+            known = any(row.items() <= earlier.items() for earlier in rows)
+            if known or (args.only and side not in args.only):
                 continue
             options = int(epochs), seed, args
             figures = plain(*options) if side == "plain" else ours(side, *options)
-            row = {"side": side, "epochs": int(epochs), "seed": seed, "limit": args.limit}
             rows.append(common.measured(row | figures, args.device))
             common.write(args, rows)
             write_atomically(args.output.with_suffix(".md"), tables(rows))

@@ -58,13 +58,13 @@ class Training:
         self.rows: list[Row] = []
         self.spent = {"total": 0.0, "epoch": 0.0}  # seconds
         self.progress = Progress()
+        self.written, self.bar, self.kept = True, None, ""
         if run.state:
             self._restore(run.state)
         self.spent["total"] += seconds_before
         self.seconds_before = seconds_before
         self.begun_at = self.batches.share_done(self.progress.epoch, self.progress.step)
         self.live = Live(run, described, self.rows, settings.epochs * batches.num_steps)
-        self.written, self.bar = True, None
 
     def follow(
         self, steps: Iterable[Progress], validate: Callable[[], tuple[float, float]] | None
@@ -217,9 +217,11 @@ class Training:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
-        kept = _kept(checkpoint.save_state, self.run.state_path, state)
+        written = _kept(checkpoint.save_state, self.run.state_path, state, self.kept)
+        if written:
+            self.kept = _place(at)
         self.save_seconds = time.perf_counter() - begin
-        return kept
+        return written
 
     def _restore(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
@@ -232,13 +234,18 @@ class Training:
         sums = state["sums"]  # (processes then, 3); those of all are added up
         own = sums[rank] if len(sums) == processes.SIZE else sums.sum(0) * (rank == 0)
         self.progress = Progress(state["epoch"], state["step"], sums=own)
+        self.kept = _place(self.progress)
 
 
-def _kept(write: Callable[..., None], path: Path, content: Any) -> bool:
+def _place(at: Progress) -> str:
+    return f"; the state of epoch {at.epoch + 1}, step {at.step} is kept"
+
+
+def _kept(write: Callable[..., None], path: Path, content: Any, instead: str = "") -> bool:
     """Writes a file unless the disk refuses: a full disk may have room again an epoch later."""
     try:
         write(path, content)
     except OSError as error:
-        print(f"warning: {path} not written ({error}); training goes on", flush=True)
+        print(f"warning: {path} not written ({error}); training goes on{instead}", flush=True)
         return False
     return True
