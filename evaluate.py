@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
     from data import Splits
 
+MOST_DRAWN = 50  # pictures in one figure
+
 EXAMPLES = """\
 examples:
   python evaluate.py checkpoints/custom_cnn.pt --tta crops
@@ -39,6 +41,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--predict", nargs="+", type=Path, metavar="PATH", help="classify pictures and folders")
     add("--figure", type=Path, metavar="FILE.png", help="with --predict: draw what it saw")
     add("--predictions", type=Path, metavar="FILE.csv", help="write a row for each test image")
+    add("--pictures", type=Path, metavar="DIR", help="where the pictures it was trained on are now")
     for name, default, meaning in (
         ("--device", "auto", "auto (a GPU where there is one), cpu, cuda, cuda:1, mps"),
         ("--batch-size", 250, "images of 32x32 pixels at a time"),
@@ -61,6 +64,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             f"no finished checkpoint in {printable(args.checkpoint_dir)}/: run "
             "`python train_custom.py` first, or name one"
         )
+    if args.figure and not args.predict:
+        raise UnusableInput("--figure draws what --predict saw: give --predict PATH too")
+    if args.predictions and args.predict:
+        raise UnusableInput("--predictions is of the test images, not of --predict's: give one")
     for option in ("predictions", "figure"):
         if getattr(args, option) and len(args.checkpoints) > 1:
             raise UnusableInput(
@@ -116,13 +123,20 @@ def test_split(saved: dict[str, Any], args: argparse.Namespace, device: "torch.d
 
         shares = {key: saved["config"][key] for key in ("val_fraction", "seed")}
         shares["test_fraction"] = TEST_FRACTION
-        arrays, _ = pictures.folder(Path(folder), saved["data"]["image_shape"][0], **shares)
+        place, side = args.pictures or Path(folder), saved["data"]["image_shape"][0]
+        arrays, source = pictures.folder(place, side, **shares)
+        drawn = [{k: of.get(k) for k in ("per_class", "splits")} for of in (source, saved["data"])]
+        if drawn[0] != drawn[1]:  # what is drawn anew could hold images it was trained on
+            raise UnusableInput(
+                f"{printable(place)} has changed since {saved['name']} was trained on it: restore "
+                "it, or name with --pictures where it lies as it was"
+            )
     else:
         arrays = cifar10(args.data_dir)
     if list(arrays.classes) != saved["classes"]:
         raise UnusableInput(
-            f"{saved['name']} knows other classes than {printable(folder or 'CIFAR-10')}: give the "
-            "data it was trained on"
+            f"{saved['name']} knows other classes than {printable(folder or 'CIFAR-10')}: name the "
+            "pictures it was trained on with --pictures"
         )
     limit = saved["config"].get("limit")  # a smoke run is judged on what it was meant for
     images = torch.from_numpy(arrays.test_images[:limit]).to(device)
@@ -145,6 +159,7 @@ def judge(
     """
     import processes
     from runs import history, page, records, reports, tables
+    from runs.live import best_effort
     from storage.files import sha256, write_json
 
     run_dir, digest = args.results_dir / saved["name"], sha256(path)
@@ -175,7 +190,8 @@ def judge(
     rows = history.read(run_dir / "history.csv")
     reports.draw(run_dir, saved, model, splits, logits, temperature, rows)
     content = {**saved, "status": "finished", "updated": time.time()}
-    page.write(run_dir, {**content, "history": rows, "report": report})
+    content |= {"history": rows, "report": report}
+    best_effort(lambda path: page.write(path, content), run_dir)
 
 
 def classify(
@@ -221,13 +237,13 @@ def classify(
         ]
         guesses = ", ".join(f"{label} {100 * value:.1f} %" for label, value in likely)
         print(f"{name:<{width}}  {guesses}", *(f"({note})" for note in notes), flush=True)
-        if args.figure:
+        if args.figure and len(shown) < MOST_DRAWN:
             shown.append((name, pictures.load(file, 224), seen, likely))
     if args.figure and shown:
         import figures
 
         figures.predictions(shown, args.figure, saved["name"])
-        print(f"drawn in {printable(args.figure)}")
+        print(f"drawn in {printable(args.figure)}: {len(shown)} of {len(files)}")
     if unreadable:
         raise UnusableInput(
             f"{unreadable} of {len(files)} pictures could not be read, named above: leave them out"

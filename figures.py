@@ -187,7 +187,7 @@ def predictions(rows: Sequence[tuple], path: Path, title: str) -> None:
     """A person's own pictures: as given, as the network saw them, and the likeliest classes.
 
     `rows` are (name, thumbnail (H, W, 3) uint8, square (S, S, 3) uint8, [(class, probability), ...]
-    with the likeliest first); at most 50 are drawn.
+    with the likeliest first).
     """
     rows = rows[:50]
     with _drawing(path, 8, 0.9 + 1.45 * len(rows), title) as figure:

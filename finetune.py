@@ -34,8 +34,7 @@ def parse(argv: list[str] | None) -> FineTuneSettings:
         UnusableInput: a flag is unknown or its value breaks a rule.
     """
     parser = commandline.Parser("finetune.py", __doc__, EXAMPLES)
-    defaults = recipes.by_name(recipes.BY_NETWORK, recipes.NETWORKS, FineTuneSettings.arch)
-    commandline.add_flags(parser, FineTuneSettings, defaults)
+    commandline.add_flags(parser, FineTuneSettings, recipes.BY_NETWORK, FineTuneSettings.arch)
     return recipes.finetune(vars(parser.parse_args(argv)))
 
 
@@ -62,8 +61,9 @@ def begin(
     import torch
 
     import processes
-    from data import Augmentation, TrainBatches
+    from data import TrainBatches
     from models import create_model
+    from runs import loading
 
     torch.manual_seed(settings.seed)
     surgery = {
@@ -76,7 +76,7 @@ def begin(
         splits.train,
         splits.stats,
         settings.batch_size,
-        augmentation=Augmentation(settings.flip, settings.translate, settings.cutout),
+        augmentation=loading.augmentation(settings),
         seed=settings.seed,
         side=settings.image_size,
         small_first=sizes(settings.small_first),

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from errors import UnusableInput
 
-MAX_TEMPERATURE = 20.0  # and its reciprocal; a value at either end says that no temperature fits
+MAX_TEMPERATURE = 20.0  # and its reciprocal; beyond them no temperature fits
 
 
 class CalibrationBins(NamedTuple):
@@ -83,13 +83,13 @@ def expected_calibration_error(bins: CalibrationBins) -> float:
     return ((bins.count * gap).sum() / bins.count.sum()).item()
 
 
-def fit_temperature(logits: Tensor, labels: Tensor) -> float:
+def fit_temperature(logits: Tensor, labels: Tensor) -> float | None:
     """The T > 0 whose logits / T have the smallest cross-entropy (Guo et al. 2017, section 4.2).
 
     Fit it on validation logits: on the test set it would flatter the calibration. The loss is
-    convex in 1/T, so its slope changes sign once and bisection needs no step size or start. Where
-    the minimum lies beyond [1 / MAX_TEMPERATURE, MAX_TEMPERATURE], as when every image (or none) is
-    classified correctly, the nearer end is returned.
+    convex in 1/T, so its slope changes sign once and bisection needs no step size or start. None
+    fits where the minimum lies beyond [1 / MAX_TEMPERATURE, MAX_TEMPERATURE], as when every image
+    (or none) is classified correctly.
     """
     _check(logits, labels)
     logits = logits.double()
@@ -99,7 +99,8 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
         middle = (low + high) / 2
         slope = ((logits / math.exp(middle)).softmax(1) * margins).sum()  # of the loss in 1/T
         low, high = (middle, high) if slope > 0 else (low, middle)  # above 0: 1/T is too large
-    return math.exp((low + high) / 2)
+    fitted = (low + high) / 2
+    return math.exp(fitted) if abs(fitted) < 0.999 * math.log(MAX_TEMPERATURE) else None
 
 
 def summarize(

@@ -29,7 +29,6 @@ LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 MACHINES = SIZE // int(os.environ.get("LOCAL_WORLD_SIZE", SIZE))
 PATIENCE = timedelta(minutes=5)  # a process that hears nothing from another so long gives up
 
-
 # Numbers of the CPU (signals, logits) travel by gloo beside a GPU's gradients.
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl", "xpu": "cpu:gloo,xpu:xccl"}
 _times = itertools.count()  # that this process has joined others
@@ -53,10 +52,11 @@ def joined(device: torch.device) -> Iterator[torch.device]:
             f"choose {', '.join(BACKENDS)}, or run without torchrun"
         )
     if device.type != "cpu":
-        if (count := torch.accelerator.device_count()) <= LOCAL_RANK:
+        count, here = torch.accelerator.device_count(), SIZE // MACHINES
+        if here > count:
             raise UnusableInput(
-                f"--device {device}: this machine has {count} for {SIZE // MACHINES} processes; "
-                "take a smaller --nproc-per-node"
+                f"--device {device}: this machine has {count} for {here} processes; take a smaller "
+                "--nproc-per-node"
             )
         device = torch.device(device.type, LOCAL_RANK)
         torch.accelerator.set_device_index(LOCAL_RANK)
@@ -179,7 +179,6 @@ def shared(model: nn.Module) -> nn.Module:
 class _GlobalBatchNorm(_BatchNorm):
     """BatchNorm over the batches of all processes; torch's own SyncBatchNorm refuses the CPU."""
 
-    @torch.compiler.disable  # its exchanges cannot be compiled
     def forward(self, x: Tensor) -> Tensor:
         affine, moments = (self.weight, self.bias), (self.running_mean, self.running_var)
         if not self.training:

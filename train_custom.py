@@ -29,8 +29,7 @@ def parse(argv: list[str] | None) -> CustomSettings:
         UnusableInput: a flag is unknown or its value breaks a rule.
     """
     parser = commandline.Parser("train_custom.py", __doc__, EXAMPLES)
-    defaults = recipes.by_name(recipes.BY_RECIPE, recipes.RECIPES, CustomSettings.recipe)
-    commandline.add_flags(parser, CustomSettings, defaults)
+    commandline.add_flags(parser, CustomSettings, recipes.BY_RECIPE, CustomSettings.recipe)
     return recipes.custom(vars(parser.parse_args(argv)))
 
 
@@ -41,8 +40,9 @@ def begin(
     import torch
 
     import processes
-    from data import Augmentation, TrainBatches, normalize, resize
+    from data import TrainBatches, normalize, resize
     from models import NETWORKS, begin_from_images, create_model
+    from runs import loading
 
     torch.manual_seed(settings.seed)
     side = settings.image_size or 32
@@ -55,7 +55,7 @@ def begin(
         splits.train,
         splits.stats,
         settings.batch_size,
-        augmentation=Augmentation(settings.flip, settings.translate, settings.cutout),
+        augmentation=loading.augmentation(settings),
         seed=settings.seed,
         side=side,
         small_first=sizes(settings.small_first),

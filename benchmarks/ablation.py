@@ -151,7 +151,7 @@ def tables(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     """The command line."""
     parser = common.parser(__file__, __doc__)
-    parser.add_argument("--recipe", choices=recipes.RECIPES, default="speedrun")
+    parser.add_argument("--recipe", choices=recipes.BY_RECIPE, default="speedrun")
     parser.add_argument("--only", nargs="+", default=VARIANTS, choices=VARIANTS, metavar="NAME")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, help="default: the recipe's")

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import finetune
 from benchmarks import common
-from runs.recipes import NETWORKS
+from runs.recipes import BY_NETWORK
 
 KEYS = ("arch", "unfreeze", "epochs", "limit", "precision")
 
@@ -34,7 +34,7 @@ def seconds(cache: str, args: Namespace) -> float:
 def main() -> None:
     """The command line."""
     parser = common.parser(__file__, __doc__)
-    parser.add_argument("--arch", choices=NETWORKS, default="resnet18")
+    parser.add_argument("--arch", choices=BY_NETWORK, default="resnet18")
     parser.add_argument("--unfreeze", choices=("head", "last"), default="last")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--limit", type=int, default=2000, help="images")

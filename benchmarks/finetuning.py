@@ -26,7 +26,7 @@ import figures
 import finetune
 from benchmarks import common
 from runs import history, reports
-from runs.recipes import NETWORKS
+from runs.recipes import BY_NETWORK
 from storage.files import write_atomically
 
 COLUMNS = (
@@ -70,7 +70,7 @@ def full_runs(results_dir: Path) -> list[dict[str, Any]]:
         rows += [
             same | {"val_accuracy": row["val_accuracy"], "minutes": minutes(row)}
             for row in history.read(path.with_name("history.csv"))
-            if row["val_accuracy"] and run["arch"] in NETWORKS
+            if row["val_accuracy"] and run["arch"] in BY_NETWORK
         ]
     return rows
 
@@ -79,7 +79,7 @@ def main() -> None:
     """The command line."""
     parser = common.parser(__file__, __doc__)
     parser.set_defaults(output=common.RESULTS / "finetuning.csv")
-    parser.add_argument("--arch", choices=NETWORKS, default="resnet18")
+    parser.add_argument("--arch", choices=BY_NETWORK, default="resnet18")
     parser.add_argument("--tries", nargs="*", default=[], metavar="FLAGS")
     parser.add_argument("--weights", default="imagenet")
     parser.add_argument("--limit", type=int, default=8000, help="training images")
@@ -97,7 +97,7 @@ def main() -> None:
     lines += full_runs(args.runs)
     if not lines:
         parser.error("nothing tried yet: give --tries FLAGS ...")
-    lines.sort(key=lambda row: (NETWORKS.index(row["arch"]), row["hardware"]))
+    lines.sort(key=lambda row: (list(BY_NETWORK).index(row["arch"]), row["hardware"]))
     figures.accuracy_by_minutes(lines, args.output.with_suffix(".png"))
 
 

@@ -16,13 +16,13 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks import common
 from runs.history import HEADER
-from runs.recipes import NETWORKS, RECIPES
+from runs.recipes import BY_NETWORK, BY_RECIPE
 
 ROOT = Path(__file__).parent.parent
 BYTES, SECONDS = 1.5e9, 6.0  # no recipe is to take more
 SOME = "--limit 2000 --weights none --unfreeze last"
-JOBS = [f"train_custom.py --recipe {recipe}" for recipe in RECIPES]
-JOBS += [f"finetune.py --arch {arch} {SOME}" for arch in NETWORKS]
+JOBS = [f"train_custom.py --recipe {recipe}" for recipe in BY_RECIPE]
+JOBS += [f"finetune.py --arch {arch} {SOME}" for arch in BY_NETWORK]
 
 
 def run(job: str, data_dir: Path) -> dict[str, float]:

@@ -15,14 +15,14 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import train_custom
 from benchmarks import common
-from runs.recipes import RECIPES
+from runs.recipes import BY_RECIPE
 from storage import checkpoint
 
 
 def main() -> None:
     """The command line."""
     parser = common.parser(__file__, __doc__)
-    parser.add_argument("--only", nargs="+", choices=RECIPES, default=RECIPES)
+    parser.add_argument("--only", nargs="+", choices=BY_RECIPE, default=BY_RECIPE)
     parser.add_argument("--steps", type=int, default=10, help="that are timed")
     args = parser.parse_args()
     rows = []

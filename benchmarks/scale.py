@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import finetune
 import train_custom
 from benchmarks import common
-from runs.recipes import NETWORKS
+from runs.recipes import BY_NETWORK
 
 BATCH_SIZES = (32, 64, 128, 256, 512, 1024, 2048)
 
@@ -24,7 +24,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=2048, help="in a turn, at least")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--batch-sizes", type=int, nargs="*", default=BATCH_SIZES)
-    parser.add_argument("--archs", nargs="*", default=NETWORKS, choices=NETWORKS)
+    parser.add_argument("--archs", nargs="*", default=BY_NETWORK, choices=BY_NETWORK)
     args = parser.parse_args()
     cases = [(train_custom, ["--batch-size", str(size)]) for size in args.batch_sizes]
     cases += [(finetune, ["--arch", arch, "--weights", "none"]) for arch in args.archs]

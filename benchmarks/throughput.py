@@ -25,7 +25,7 @@ import train_custom
 from benchmarks import common
 from device import now
 from models import create_model
-from runs.recipes import RECIPES
+from runs.recipes import BY_RECIPE
 from runs.settings import sizes
 
 
@@ -94,7 +94,7 @@ def measure(recipe: str, args: Namespace, peaks: dict[str, float]) -> dict[str, 
 def main() -> None:
     """The command line."""
     parser = common.parser(__file__, __doc__)
-    parser.add_argument("--only", nargs="+", choices=RECIPES, default=RECIPES)
+    parser.add_argument("--only", nargs="+", choices=BY_RECIPE, default=BY_RECIPE)
     parser.add_argument("--batch-size", type=int, help="default: the recipe's")
     parser.add_argument("--steps", type=int, default=8, help="in a turn")
     parser.add_argument("--turns", type=int, default=5)

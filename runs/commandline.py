@@ -5,6 +5,7 @@ import dataclasses
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -147,7 +148,8 @@ def typed(script: str, argv: list[str] | None) -> list[str]:
         try:  # the environment of `make train` need not be the active one
             words.append(str(whole.relative_to(Path.cwd())))
         except ValueError:
-            words.append(usual if whole is python else str(whole))
+            found = shutil.which(usual) if whole is python else None
+            words.append(usual if found == str(whole) else str(whole))
     return [*words, *(sys.argv[1:] if argv is None else argv)]
 
 
@@ -187,18 +189,20 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_flags(
-    parser: argparse.ArgumentParser, kind: type, tables: dict[str, dict[str, Any]]
+    parser: argparse.ArgumentParser, kind: type, tables: dict[str, dict[str, Any]], usual: str
 ) -> None:
     """Adds a flag for each setting, in groups; absent flags stay out of the result.
 
     Args:
         parser: gets the flags.
         kind: the dataclass of settings.
-        tables: defaults by recipe or network, the usual one first.
+        tables: defaults by recipe or network.
+        usual: the one that is taken where none is named.
     """
+    names = sorted(tables, key=lambda name: name != usual)
     groups = {title: parser.add_argument_group(title) for title in GROUPS}
     for entry in dataclasses.fields(kind):
-        known = [of for of in tables if entry.name in tables[of]]
+        known = [of for of in names if entry.name in tables[of]]
         text = entry.metadata["help"] + _default(
             entry, {of: tables[of][entry.name] for of in known}
         )

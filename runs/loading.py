@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import processes
-from data import Splits, TrainBatches, make_splits
+from data import Augmentation, Splits, TrainBatches, make_splits
 from device import choose_precision
 from errors import UnusableInput, printable
 from runs.settings import TEST_FRACTION, Settings
@@ -49,6 +49,10 @@ def load_splits(settings: Settings, device: torch.device) -> tuple[Splits, dict[
             "smaller batch"
         )
     shape = list(splits.train.images.shape[1:3])  # (H, W)
+    if settings.translate >= min(shape):
+        raise UnusableInput(
+            f"--translate {settings.translate}: the images have {min(shape)} pixels; move them less"
+        )
     return splits, source | {"image_shape": shape, "classes": len(splits.classes)}
 
 
@@ -75,6 +79,8 @@ def start_weights(
         return {"source": "random"}
     from sources import imagenet
 
+    if wanted == "imagenet" and arch == "custom_cnn":
+        raise UnusableInput("--weights imagenet: there are none of this network; give a file")
     if wanted == "imagenet":
         state, provenance = imagenet.imagenet_weights(arch)
     elif not Path(wanted).is_file():
@@ -127,6 +133,12 @@ def settle_precision(
         precision = processes.from_first(precision)
     print(reason, flush=True)
     return precision
+
+
+def augmentation(settings: Settings) -> Augmentation:
+    """What is done to training images; its settings bear the names of its attributes."""
+    names = [entry.name for entry in dataclasses.fields(Augmentation)]
+    return Augmentation(**{name: getattr(settings, name) for name in names})
 
 
 def learning(settings: Settings) -> dict[str, Any]:

@@ -5,12 +5,9 @@ from typing import Any
 from errors import UnusableInput, printable
 from runs.settings import HARMLESS, CustomSettings, FineTuneSettings, Settings
 
-RECIPES = CustomSettings.__dataclass_fields__["recipe"].metadata["choices"]
-NETWORKS = FineTuneSettings.__dataclass_fields__["arch"].metadata["choices"]
-
 # A flag that is given replaces the default.
-BY_RECIPE: dict[str, tuple] = {
-    #                      classic      modern         speedrun    best
+_RECIPES: dict[str, tuple] = {
+    "recipe":             ("classic",   "modern",      "speedrun", "best"),
     "network":            ("tutorial",  "wide",        "slim",     "widest"),
     "epochs":             (30,          24,            10,         100),
     "batch_size":         (128,         256,           1000,       256),
@@ -32,31 +29,32 @@ BY_RECIPE: dict[str, tuple] = {
     "val_fraction":       (0.04,        0.02,          0.02,       0.02),
 }  # fmt: skip
 
-# The same for what is fine-tuned. The rate is the new classifier's; earlier stages get less, for
-# their filters are to be adapted, not unlearned.
-BY_NETWORK: dict[str, tuple] = {
-    #                      vgg19        resnet18       resnet50    mobilenet_v3_small
-    "unfreeze":           ("last",      "last",        "last",     "all"),
-    "image_size":         (64,          80,            80,         64),
-    "small_first":        ("",          "",            "",         ""),
-    "epochs":             (5,           5,             5,          10),
-    "batch_size":         (128,         128,           128,        128),
-    "lr":                 (1e-3,        1e-3,          1e-3,       3e-3),
-    "stage_lr_scale":     (0.6,         0.6,           0.6,        1.0),
-    "warmup":             (0.1,         0.1,           0.1,        0.1),
-    "weight_decay":       (0.05,        0.05,          0.05,       0.05),
-    "dropout":            (0.2,         0.2,           0.2,        0.2),
-    "label_smoothing":    (0.1,         0.1,           0.1,        0.1),
-    "flip":               ("alternating",) * 4,
-    "translate":          (0,           0,             0,          2),
-    "cutout":             (0,) * 4,
-    "val_fraction":       (0.04,) * 4,
-}  # fmt: skip
+BY_RECIPE = {
+    name: {key: row[column] for key, row in _RECIPES.items() if key != "recipe"}
+    for column, name in enumerate(_RECIPES["recipe"])
+}
+
+# What is fine-tuned. The learning rate is the new classifier's; earlier stages get less, for their
+# filters are to be adapted, not unlearned.
+_USUAL: dict[str, Any] = {
+    **{"unfreeze": "last", "image_size": 80, "small_first": "", "epochs": 5, "batch_size": 128},
+    **{"lr": 1e-3, "stage_lr_scale": 0.6, "warmup": 0.1, "weight_decay": 0.05, "dropout": 0.2},
+    **{"label_smoothing": 0.1, "flip": "alternating", "translate": 0, "cutout": 0},
+    "val_fraction": 0.04,
+}
+_WHOLE = {"unfreeze": "all", "epochs": 10, "translate": 2}
+BY_NETWORK = {
+    "vgg19": _USUAL | {"image_size": 64},
+    "resnet18": _USUAL,
+    "resnet50": _USUAL,
+    # What it begins from need not be an ImageNet classifier: all of it wants to move.
+    "mobilenet_v3_small": _USUAL | _WHOLE | {"image_size": 64, "lr": 3e-3, "stage_lr_scale": 1.0},
+}
 # What changes with the part that trains: moved images have no output that could be kept.
 BY_PART: dict[str, dict[str, Any]] = {
     "head": {"epochs": 10, "translate": 0},
     "last": {"epochs": 5, "translate": 0},
-    "all": {"epochs": 10, "translate": 2},
+    "all": _WHOLE,
 }
 FROM_SCRATCH: dict[str, Any] = {"unfreeze": "all", "stage_lr_scale": 1.0}  # nothing to keep
 
@@ -64,7 +62,7 @@ FROM_SCRATCH: dict[str, Any] = {"unfreeze": "all", "stage_lr_scale": 1.0}  # not
 def custom(given: dict[str, Any]) -> CustomSettings:
     """The settings of a training from scratch: what was given, over the recipe's defaults."""
     recipe = given.get("recipe", CustomSettings.recipe)
-    return CustomSettings(**_column(BY_RECIPE, RECIPES, recipe) | given)
+    return CustomSettings(**_named(BY_RECIPE, recipe) | given)
 
 
 def finetune(given: dict[str, Any]) -> FineTuneSettings:
@@ -73,7 +71,7 @@ def finetune(given: dict[str, Any]) -> FineTuneSettings:
     Raises:
         UnusableInput: see `Settings`; or images are to be moved whose output is to be kept.
     """
-    defaults = _column(BY_NETWORK, NETWORKS, given.get("arch", FineTuneSettings.arch))
+    defaults = _named(BY_NETWORK, given.get("arch", FineTuneSettings.arch))
     usual = defaults["unfreeze"]
     if given.get("weights") == "none":
         defaults |= FROM_SCRATCH
@@ -89,15 +87,10 @@ def finetune(given: dict[str, Any]) -> FineTuneSettings:
     return chosen
 
 
-def _column(table: dict[str, tuple], names: tuple[str, ...], name: str) -> dict[str, Any]:
-    if name not in names:
-        raise UnusableInput(f"{printable(name)} is unknown: choose from {', '.join(names)}")
-    return {key: row[names.index(name)] for key, row in table.items()}
-
-
-def by_name(table: dict[str, tuple], names: tuple[str, ...], usual: str) -> dict[str, dict]:
-    """The columns of a table under their names, the usual one first; `--help` shows them."""
-    return {name: _column(table, names, name) for name in sorted(names, key=lambda n: n != usual)}
+def _named(table: dict[str, dict[str, Any]], name: str) -> dict[str, Any]:
+    if name not in table:
+        raise UnusableInput(f"{printable(name)} is unknown: choose from {', '.join(table)}")
+    return dict(table[name])
 
 
 def changed(settings: Settings) -> dict[str, Any]:

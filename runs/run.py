@@ -13,7 +13,7 @@ from typing import Any
 
 from errors import Stopped, UnusableInput, printable
 from runs import commandline
-from runs.settings import HARMLESS, Settings, flag
+from runs.settings import HARMLESS, Settings, flag, typed
 from storage.files import holder, locked, previous
 
 
@@ -234,7 +234,7 @@ def _sweep(settings: Settings, name: str) -> None:
 def _check_same(settings: Settings, saved: dict[str, Any], name: str) -> None:
     """Refuses to continue a run under settings that would change its result."""
     different = [
-        f"{flag(key)} {value} (was {saved[key]})"
+        f"{typed(key, value)} (was {typed(key, saved[key]).removeprefix(flag(key) + ' ')})"
         for key, value in settings.plain().items()
         if key not in HARMLESS and key != "run_name" and saved.get(key, value) != value
     ]

@@ -222,13 +222,24 @@ def name_fault(name: str) -> str:
     lower = name.lower()
     if not re.fullmatch(r"\w[\w.+-]*", name) or lower.endswith("."):
         return "must be a plain name of letters, digits and ._+-"
-    if len(name.encode()) > 100:
-        return "must be at most 100 bytes long"
-    if ".pt" in lower or lower.endswith((".resume", ".md", ".html")) or lower == "reference":
+    if len(name.encode()) > 90:  # the next free one is longer
+        return "must be at most 90 bytes long"
+    if (
+        ".pt" in lower
+        or lower.endswith((".resume", ".md", ".html"))
+        or lower in ("reference", "benchmarks")
+    ):
         return "must not look like another file of a run"
     if re.fullmatch(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", lower):
         return "is a device on Windows; take another"
     return ""
+
+
+def typed(name: str, value: Any) -> str:
+    """A setting as a user types it."""
+    if isinstance(value, bool):
+        return flag(name if value else f"no_{name}")
+    return f"no {flag(name)}" if value is None else f"{flag(name)} {value}"
 
 
 def flag(name: str) -> str:

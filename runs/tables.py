@@ -13,7 +13,7 @@ from urllib.parse import quote
 from errors import printable
 from runs import page
 from runs.settings import HARMLESS
-from storage.files import locked, write_atomically
+from storage.files import is_other, locked, write_atomically
 
 Row = dict[str, Any]
 # How the code behaved before a setting existed, for runs whose config.json lacks it.
@@ -128,8 +128,13 @@ def write(results_dir: Path) -> list[Row]:
     """Writes the tables of all runs, README.md and index.html, and returns their rows."""
     with locked(results_dir / "README.lock", wait=True):  # or a run that ends meanwhile is lost
         rows = comparison_rows(results_dir)
-        write_atomically(results_dir / "README.md", HEADER + comparison_table(rows))
-        page.write_index(results_dir, rows)
+        for name, begins in (("README.md", HEADER[:60]), ("index.html", page.MARK)):
+            if is_other(results_dir / name, begins):
+                print(f"warning: {results_dir / name} is no table of runs and left as it is")
+            elif name == "README.md":
+                write_atomically(results_dir / name, HEADER + comparison_table(rows))
+            else:
+                page.write_index(results_dir, rows)
     return rows
 
 

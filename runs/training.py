@@ -90,13 +90,17 @@ class Training:
         self.clock = self.started = self.saved = time.perf_counter()
         self.save_seconds = 0.0
         self.live.write("running")
-        with signals.collected() as received:
-            for at in steps:
-                self.progress = at
-                if at.step:
-                    self._after_step(at, received)
-                else:
-                    self._after_epoch(at, received, validate)
+        try:
+            with signals.collected() as received:
+                for at in steps:
+                    self.progress = at
+                    if at.step:
+                        self._after_step(at, received)
+                    else:
+                        self._after_epoch(at, received, validate)
+        except Exception as error:
+            self.live.write("stopped", note=f"{type(error).__name__}: {error}")
+            raise
         if not self.written:  # no later epoch will write it whole
             history.write(self.run.results_dir / "history.csv", self.rows)
         return self.rows

@@ -39,21 +39,21 @@ def test_help_answers_at_once_within_80_columns_without_torch(script):
 
 
 @pytest.mark.parametrize(
-    ("kind", "table", "names", "usual"),
+    ("kind", "table", "usual"),
     [
-        (CustomSettings, recipes.BY_RECIPE, recipes.RECIPES, "modern"),
-        (FineTuneSettings, recipes.BY_NETWORK, recipes.NETWORKS, "resnet18"),
+        (CustomSettings, recipes.BY_RECIPE, "modern"),
+        (FineTuneSettings, recipes.BY_NETWORK, "resnet18"),
     ],
 )
-def test_help_shows_every_default_those_of_each_recipe_and_network_too(kind, table, names, usual):
+def test_help_shows_every_default_those_of_each_recipe_and_network_too(kind, table, usual):
     parser = commandline.Parser("x.py", "", "")
-    commandline.add_flags(parser, kind, recipes.by_name(table, names, usual))
+    commandline.add_flags(parser, kind, table, usual)
     shown = {action.dest: action.help for action in parser._actions}
     for field in dataclasses.fields(kind):
         line = shown[field.name]
         assert field.metadata["help"] in line
         assert "(default: " in line
-        values = dict(zip(names, table.get(field.name, ()), strict=False))
+        values = {name: own[field.name] for name, own in table.items() if field.name in own}
         for name, value in values.items():
             words = value if isinstance(value, str) else f"{value:g}"
             if name == usual:
@@ -94,6 +94,8 @@ train_custom --small-first 1:24      | --small-first 1:24: must be
 train_custom --run-name ../x         | folders go in --checkpoint-dir and --results-dir
 train_custom --results-dir data/cifar10.npz | --results-dir data/cifar10.npz: cannot be made
 train_custom --weights absent.pt     | --weights absent.pt: no such file
+train_custom --weights imagenet      | --weights imagenet: there are none of this network
+train_custom --translate 32          | --translate 32: the images have 32 pixels; move them less
 train_custom --pictures absent       | absent: no such folder
 train_custom --device toaster        | --device toaster: choose auto, cpu
 train_custom --device cuda           | --device cuda: torch
@@ -108,7 +110,9 @@ finetune --unfreeze some             | --unfreeze some: choose from head, last, 
 evaluate                             | no finished checkpoint in checkpoints/: run `python train
 evaluate absent.pt                   | absent.pt
 evaluate a.pt --batch-size 0         | --batch-size 0: must be at least 1
-evaluate a.pt b.pt --figure x.png    | --figure takes one checkpoint, not 2
+evaluate a.pt b.pt --predict a --figure x.png | --figure takes one checkpoint, not 2
+evaluate a.pt --figure x.png         | --figure draws what --predict saw: give --predict PATH too
+evaluate a.pt --predict a --predictions x.csv | --predictions is of the test images
 evaluate a.pt --tta many             | choose from
 """
 

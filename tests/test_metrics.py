@@ -83,7 +83,7 @@ def test_temperature_recovers_a_known_scaling(scale):
     assert metrics.fit_temperature(logits.float(), labels) == pytest.approx(scale, rel=0.05)
 
 
-@pytest.mark.parametrize("scale", [0.01, 0.5, 4.0, 500.0])
+@pytest.mark.parametrize("scale", [0.5, 4.0])
 def test_temperature_is_a_minimum_within_its_range(scale):
     logits, labels = overconfident(scale, n=200)
     fitted = metrics.fit_temperature(logits, labels)
@@ -92,10 +92,11 @@ def test_temperature_is_a_minimum_within_its_range(scale):
         assert best <= metrics.cross_entropy(logits / other, labels) + 1e-12
 
 
-def test_temperature_of_all_right_and_of_all_wrong_is_an_end_of_the_range():
+def test_no_temperature_fits_where_all_are_right_or_all_wrong():
     logits, labels = two_class(0.9, num_correct=10, n=10)
-    assert metrics.fit_temperature(logits, labels) == pytest.approx(0.05)
-    assert metrics.fit_temperature(logits, 1 - labels) == pytest.approx(20)
+    assert metrics.fit_temperature(logits, labels) is None
+    assert metrics.fit_temperature(*overconfident(500.0, n=200)) is None
+    assert metrics.fit_temperature(logits, 1 - labels) is None
 
 
 def test_summary_is_strict_json_and_says_none_for_what_is_missing():

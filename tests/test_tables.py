@@ -133,6 +133,15 @@ def test_runs_without_readable_files_are_left_out_with_one_line_each(tmp_path, c
     assert "±" not in tables.comparison_table(rows)
 
 
+def test_a_readme_or_page_of_the_users_own_is_left_as_it_is(tmp_path, capsys):
+    (tmp_path / "README.md").write_text("# My project")
+    tables.write(tmp_path)
+    tables.write(tmp_path)  # and our own page is written anew without a word
+    assert (tmp_path / "README.md").read_text() == "# My project"
+    assert "All runs" in (tmp_path / "index.html").read_text()
+    assert capsys.readouterr().out.count("left as it is") == 2
+
+
 def test_no_runs_make_a_table_that_says_so(tmp_path):
     assert tables.write(tmp_path / "absent") == []
     assert "No finished run yet" in (tmp_path / "absent/README.md").read_text()
