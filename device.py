@@ -147,11 +147,15 @@ def compile_or_not(model: nn.Module, wanted: bool, device: torch.device) -> nn.M
     return torch.compile(model, dynamic=False)
 
 
-def available_memory() -> float:
-    """Bytes that can be allocated without swapping; where the system does not say, a guess."""
-    limits = [_group_memory(group) for group in _control_groups()]
+def available_memory(root: Path = Path("/")) -> float:
+    """Bytes that can be allocated without swapping; where the system does not say, a guess.
+
+    Args:
+        root: where the system's `proc` and `sys` are.
+    """
+    limits = [_group_memory(group) for group in _control_groups(root)]
     with suppress(OSError):
-        for line in Path("/proc/meminfo").read_text().splitlines():
+        for line in (root / "proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
                 limits.append(1024 * int(line.split()[1]))
     if not limits and hasattr(os, "sysconf"):
@@ -159,15 +163,15 @@ def available_memory() -> float:
     return min((limit for limit in limits if limit is not None), default=4e9)
 
 
-def _control_groups() -> Iterator[Path]:
+def _control_groups(root: Path) -> Iterator[Path]:
     """Folders of this process's memory groups (Linux), of version 1 and 2, outermost last."""
     with suppress(OSError):
-        for line in Path("/proc/self/cgroup").read_text().splitlines():
+        for line in (root / "proc/self/cgroup").read_text().splitlines():
             _, controllers, inside = line.split(":", 2)
             if controllers in ("", "memory"):
-                root = Path("/sys/fs/cgroup") / controllers
-                group = root / inside.strip("/")
-                yield from (p for p in (group, *group.parents) if p == root or root in p.parents)
+                top = root / "sys/fs/cgroup" / controllers
+                group = top / inside.strip("/")
+                yield from (p for p in (group, *group.parents) if p == top or top in p.parents)
 
 
 def _group_memory(group: Path) -> int | None:

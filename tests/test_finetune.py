@@ -159,18 +159,30 @@ def test_features_that_do_not_fit_in_memory_go_to_a_file_that_vanishes(
     assert not list(tmp_path.iterdir())
 
 
-def test_the_free_memory_is_that_of_the_narrowest_control_group(tmp_path, monkeypatch):
-    inner, outer = tmp_path / "a/b", tmp_path / "a"
-    inner.mkdir(parents=True)
-    for group, (limit, of), (used, key) in (
-        (inner, ("max", "memory.max"), (10, "anon")),
-        (outer, ("5000", "memory.max"), (1000, "anon")),
-        (tmp_path, ("900000", "memory.limit_in_bytes"), (1, "total_rss")),
-    ):
-        (group / of).write_text(limit)
-        (group / "memory.stat").write_text(f"{key} {used}\nfile 77\n")
-    monkeypatch.setattr(device, "_control_groups", lambda: iter((inner, outer, tmp_path)))
-    assert device.available_memory() == 4000
+@pytest.mark.parametrize(
+    ("line", "groups", "free"),
+    [  # limits and use from the process's own group outwards
+        ("0::/pod/job", {"pod/job": ("max", 10), "pod": ("5000", 1000), "": ("9000", 0)}, 4000),
+        ("0::/pod/job", {"pod/job": ("700", 100), "pod": ("5000", 1000)}, 600),
+        ("4:cpu,cpuacct:/pod\n3:memory:/pod", {"pod": ("900", 1), "": ("800", 9)}, 791),
+        # Within a container the outer part of the path cannot be seen.
+        ("3:memory:/docker/1f", {"": ("3000", 1000)}, 2000),
+        ("0::/../outside", {"": ("3000", 1000)}, 2000),
+        ("2:cpu:/pod\n0::/", {"pod": ("5", 1)}, 1024 * 64),
+    ],
+)
+def test_the_free_memory_is_that_of_the_narrowest_control_group(tmp_path, line, groups, free):
+    version_1 = "memory" in line
+    names = ("memory.limit_in_bytes", "total_rss") if version_1 else ("memory.max", "anon")
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text(line + "\n")
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 99 kB\nMemAvailable: 64 kB\n")
+    for group, (limit, used) in groups.items():
+        folder = tmp_path / "sys/fs/cgroup" / ("memory" if version_1 else "") / group
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / names[0]).write_text(limit)
+        (folder / "memory.stat").write_text(f"{names[1]} {used}\nfile 77\n")
+    assert device.available_memory(tmp_path) == free
 
 
 TINY = ("finetune", "--arch", "mobilenet_v3_small", "--image-size", "32", "--limit", "96", *CPU)

@@ -9,15 +9,18 @@ import time
 import types
 import warnings
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import CPU, SMALL, outcome
 from PIL import Image, ImageFile, PngImagePlugin
 
 from benchmarks import odd_pictures
 from benchmarks.odd_pictures import chunk, exif, jpeg, png, tiff
 from errors import UnusableInput
 from sources import pictures
+from sources.cifar10 import CLASSES
 
 RAMP = np.tile(np.arange(0, 256, 8), (32, 1))  # 0, 8, ... 248 from left to right
 COLOURS = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
@@ -457,17 +460,26 @@ def test_train_and_test_may_be_names_of_classes(tmp_path):
     assert said["per_class"] == {"bus": 4, "test": 5, "train": 6}
 
 
-def test_cifar_written_out_as_pictures_comes_back_in_order_and_bit_for_bit(tmp_path, sample):
+@pytest.mark.parametrize(
+    "script",
+    [
+        SMALL,
+        ("finetune", "--arch", "resnet18", "--weights", "none", *CPU, "--image-size", "32"),
+    ],
+)
+def test_cifar_written_out_as_pictures_trains_to_the_same_bits(run, sample, script):
+    folder = Path("photos")
     for split in ("train", "test"):
         for number, label in enumerate(sample[f"{split}_labels"]):
-            path = tmp_path / split / f"class {label}" / f"{number:05}.png"
+            path = folder / split / CLASSES[label] / f"{number:05}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(sample[f"{split}_images"][number]).save(path)
-    arrays, _ = pictures.folder(tmp_path, 32, **FRACTIONS)
-    assert np.array_equal(arrays.train_images, sample["train_images"])
-    assert np.array_equal(arrays.train_labels, sample["train_labels"])
-    assert np.array_equal(arrays.test_images, sample["test_images"])
-    assert np.array_equal(arrays.test_labels, sample["test_labels"])
+    arrays, _ = pictures.folder(folder, 32, **FRACTIONS)
+    for name in ("train_images", "train_labels", "test_images", "test_labels"):
+        assert np.array_equal(getattr(arrays, name), sample[name])
+    assert run(*script, "--run-name", "arrays").code == 0
+    assert run(*script, "--run-name", "photos", "--pictures", folder).code == 0
+    assert outcome(".", "arrays") == outcome(".", "photos")
 
 
 def test_unreadable_pictures_are_named_counted_and_left_out(tmp_path, capsys):
