@@ -20,8 +20,9 @@ def parameter_groups(
     """Groups the trainable parameters for `make_optimizer`; empty groups are left out.
 
     Decay spares biases and BatchNorm: it would pull scales towards 0 without making the function
-    any simpler. Only Adam, the original project's, decays everything, coupled to the loss. Muon
-    steps all kernels and matrices but the last, the classifier's.
+    any simpler. Only Adam, the original project's, decays everything, coupled to the loss; and with
+    Muon biases shrink as fast as the classifier, whatever their rate. Muon steps all kernels and
+    matrices but the last, the classifier's.
 
     Args:
         model: its parameters with `requires_grad`.
@@ -36,6 +37,8 @@ def parameter_groups(
     others = [p for p in trained if p.ndim > 1]
     inner = others[:-1] if optimizer == "muon" else []
     of_vectors = weight_decay if optimizer == "adam" else 0.0
+    if optimizer == "muon" and bias_lr_scale:
+        of_vectors = weight_decay / bias_lr_scale
     groups = [
         {"params": others[len(inner) :], "weight_decay": weight_decay, "lr_scale": lr_scale},
         {"params": vectors, "weight_decay": of_vectors, "lr_scale": lr_scale * bias_lr_scale},

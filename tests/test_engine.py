@@ -153,12 +153,16 @@ def test_a_step_that_is_not_finite_changes_nothing_at_all(kind, fault, good_befo
     assert len(results) == 1
 
 
-def test_weight_decay_spares_biases_and_batchnorm_except_with_adam():
+def test_weight_decay_spares_biases_and_batchnorm_except_with_adam_and_muon():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 2))
     for optimizer, decayed in (("adamw", 2), ("sgd", 2), ("adam", 6)):
         groups = parameter_groups(model, optimizer=optimizer, weight_decay=0.1)
         assert sum(len(g["params"]) for g in groups) == 6
         assert sum(len(g["params"]) for g in groups if g["weight_decay"]) == decayed
+    options = {"optimizer": "muon", "weight_decay": 0.2, "bias_lr_scale": 5000}
+    classifier, vectors, _ = parameter_groups(model, **options)
+    assert vectors["lr_scale"] * vectors["weight_decay"] == pytest.approx(0.2)
+    assert classifier["weight_decay"] == 0.2  # both shrink alike in a step
 
 
 def test_muon_moves_convolutions_alike_in_all_directions():
