@@ -111,12 +111,12 @@ def channel_stats(images: np.ndarray) -> ChannelStats:
     """
     mean, std = [], []
     for channel in range(3):
-        counts = np.zeros(256, dtype=np.int64)
-        for part in np.array_split(images[..., channel], max(1, len(images) // 5000)):
-            counts += np.bincount(part.ravel(), minlength=256)
-        total = int(counts.sum())
-        first = sum(value * int(count) for value, count in enumerate(counts)) / total
-        second = sum(value**2 * int(count) for value, count in enumerate(counts)) / total
+        values = torch.from_numpy(images[..., channel].ravel())
+        counts = torch.bincount(values, minlength=256).tolist()
+        first, second = (
+            sum(count * value**power for value, count in enumerate(counts)) / len(values)
+            for power in (1, 2)
+        )
         mean.append(first / 255)
         std.append(max(second - first**2, 1e-4) ** 0.5 / 255)  # one flat colour: no division by 0
     return ChannelStats(tuple(mean), tuple(std))

@@ -4,7 +4,7 @@ import copy
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import torch
@@ -91,7 +91,11 @@ def choose_precision(
     x, labels = (tensor[:32] for tensor in batch) if cpu else batch
     seconds: dict[str, list[float]] = {"fp32": [], "bf16": []}
     # Dropout is not to depend on whether this was measured.
-    with torch.random.fork_rng([] if cpu else [device], device_type=device.type), _one_thread():
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng([] if cpu else [device], device_type=device.type))
+        # Beside another load, several threads would show how long they wait for each other.
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(1)
         steps = {p: _Probe(model, p) for p in seconds}
         if device.type == "cuda":  # as training takes its steps
             steps = {p: StepGraphs(step, device) for p, step in steps.items()}
@@ -120,17 +124,6 @@ class _Probe:
     def __call__(self, x: Tensor, labels: Tensor, lr: float | Tensor) -> None:
         F.cross_entropy(forward(self.model, x, self.precision), labels).backward()
         self.model.zero_grad()
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Beside another load, several threads would show how long they wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def compile_or_not(model: nn.Module, wanted: bool, device: torch.device) -> nn.Module:

@@ -276,7 +276,6 @@ def predict(
     *,
     precision: str = "fp32",
     tta: str = "none",
-    total: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Logits of every input, in order.
 
@@ -288,14 +287,13 @@ def predict(
             processes each gives its part of the split, in order of ranks; all get all logits.
         precision: "fp32" or "bf16".
         tta: see `views`.
-        total: number of batches, for the progress bar that long evaluations show.
 
     Returns:
         (N, C) float32 on the CPU of the inputs as they are, and averaged over the views.
     """
     model.eval()
     plain, averaged = [], []
-    for x in tqdm(inputs, "evaluating", total, unit="batch", disable=None, leave=False, delay=2):
+    for x in tqdm(inputs, "evaluating", unit="batch", disable=None, leave=False, delay=2):
         outputs = [forward(model, view, precision) for view in views(x, tta)]
         plain.append(outputs[0])
         averaged.append(torch.stack(outputs).mean(0))

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from errors import UnusableInput, printable
 from runs import commandline
-from runs.settings import TEST_FRACTION
 
 if TYPE_CHECKING:
     import torch
@@ -122,7 +121,6 @@ def test_split(saved: dict[str, Any], args: argparse.Namespace, device: "torch.d
         from sources import pictures
 
         shares = {key: saved["config"][key] for key in ("val_fraction", "seed")}
-        shares["test_fraction"] = TEST_FRACTION
         place, side = args.pictures or Path(folder), saved["data"]["image_shape"][0]
         arrays, source = pictures.folder(place, side, **shares)
         drawn = [{k: of.get(k) for k in ("per_class", "splits")} for of in (source, saved["data"])]
@@ -158,13 +156,13 @@ def judge(
         UnusableInput: the run's folder holds the results of another checkpoint.
     """
     import processes
-    from runs import history, page, records, reports, tables
+    from runs import history, page, records, reports
     from runs.live import best_effort
-    from storage.files import sha256, write_json
+    from storage.files import read_json, sha256, write_json
 
     run_dir, digest = args.results_dir / saved["name"], sha256(path)
     with processes.agreed():
-        earlier = processes.from_first(tables.read_test_report(run_dir))
+        earlier = processes.from_first(read_json(run_dir / "test.json"))
         if earlier.get("checkpoint_sha256", digest) != digest:
             raise UnusableInput(
                 f"{run_dir}/ holds the results of another checkpoint than {printable(path)}: give "

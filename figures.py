@@ -26,10 +26,9 @@ os.environ["MPLBACKEND"] = "agg"  # a notebook's that is not installed would sto
 from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator
+from matplotlib.ticker import MaxNLocator
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#666666"
-PALETTE = BLUE, ORANGE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"
 DPI = 120  # 10 inches make 1200 px, which a README shows unscaled
 Pixels = np.ndarray | Tensor
 Names = Sequence[str]
@@ -189,7 +188,6 @@ def predictions(rows: Sequence[tuple], path: Path, title: str) -> None:
     `rows` are (name, thumbnail (H, W, 3) uint8, square (S, S, 3) uint8, [(class, probability), ...]
     with the likeliest first).
     """
-    rows = rows[:50]
     with _drawing(path, 8, 0.9 + 1.45 * len(rows), title) as figure:
         grid = figure.subplots(len(rows), 3, squeeze=False, width_ratios=(3, 3, 5))
         for (left, middle, right), (name, given, seen, top) in zip(grid, rows, strict=True):
@@ -236,48 +234,6 @@ def calibration(
         histogram.set(xlabel="confidence: probability of the predicted class (%)")
         histogram.minorticks_off()
         histogram.yaxis.set_major_formatter("{x:,.0f}")
-
-
-def accuracy_by_minutes(rows: Rows, path: Path) -> None:
-    """Validation accuracy of fine-tuning by training time, a panel a network.
-
-    `rows` are one an epoch, with `arch`, `hardware`, `flags` (which name the line), `minutes` and
-    `val_accuracy` (fraction).
-    """
-    panels: dict[str, dict] = {}
-    for row in rows:
-        line = row["flags"] or "defaults", row["hardware"]
-        points = panels.setdefault(row["arch"], {}).setdefault(line, [])
-        points.append((float(row["minutes"]), float(row["val_accuracy"])))
-    _by_minutes(panels, path, "Fine-tuning: validation accuracy by training time")
-
-
-def _by_minutes(panels: Mapping[str, Mapping], path: Path, title: str) -> None:
-    """Panels of {(name, hardware): [(minutes, accuracy)]}, a colour a machine, names beside."""
-    machines = list(dict.fromkeys(way[1] for ways in panels.values() for way in ways))
-    heights = [1.3 + 0.2 * max(len(ways), 10) for ways in panels.values()]
-    with _drawing(path, 10, 0.8 + sum(heights), title) as figure:
-        grid = figure.subplots(len(panels), squeeze=False, height_ratios=heights)
-        for axes, (heading, ways) in zip(grid.flat, panels.items(), strict=True):
-            ranked = sorted(ways.items(), key=lambda way: way[1][-1][1])
-            for number, ((name, machine), line) in enumerate(ranked):
-                line = [(max(minutes, 0.01), 100 * accuracy) for minutes, accuracy in line]
-                colour = PALETTE[machines.index(machine) % len(PALETTE)]
-                axes.plot(*zip(*line, strict=True), "o-", color=colour, markevery=[len(line) - 1])
-                # In a column, in the order of accuracy: no name covers another.
-                beside = {"xytext": (1.05, (number + 0.5) / len(ranked)), "va": "center"}
-                leader = {"arrowstyle": "-", "color": "#BBBBBB", "relpos": (0, 0.5)}
-                beside |= {"textcoords": "axes fraction", "arrowprops": leader, "fontsize": 8}
-                axes.annotate(_name(name, 60), line[-1], **beside)
-            _tidy(axes, title=heading, xlabel="minutes", ylabel="accuracy (%)", xscale="log")
-            shortest, longest = axes.get_xlim()
-            subs = (1, 2, 5) if longest > 10 * shortest else (1, 1.5, 2, 3, 5, 7)
-            axes.xaxis.set_major_locator(LogLocator(subs=subs))
-            axes.xaxis.set_major_formatter("{x:g}")
-            axes.minorticks_off()
-        for number, machine in enumerate(machines):
-            grid[0, 0].plot([], [], "o", color=PALETTE[number % 7], label=_name(machine, 60))
-        figure.legend(loc="outside lower left", frameon=False, fontsize=8)
 
 
 @contextmanager

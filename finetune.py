@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runs import commandline, recipes, run
-from runs.settings import FineTuneSettings, sizes
+from runs.settings import FineTuneSettings
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -60,8 +60,6 @@ def begin(
     """The network before its weights are loaded, how it is built, and the batches it is to see."""
     import torch
 
-    import processes
-    from data import TrainBatches
     from models import create_model
     from runs import loading
 
@@ -72,17 +70,7 @@ def begin(
         "dropout": settings.dropout,
     }
     model = create_model(settings.arch, surgery, len(splits.classes))
-    batches = TrainBatches(
-        splits.train,
-        splits.stats,
-        settings.batch_size,
-        augmentation=loading.augmentation(settings),
-        seed=settings.seed,
-        side=settings.image_size,
-        small_first=sizes(settings.small_first),
-        num_epochs=settings.epochs,
-        part=(processes.RANK, processes.SIZE),
-    )
+    batches = loading.train_batches(settings, splits, settings.image_size)
     device = splits.train.labels.device
     return model.to(device, memory_format=torch.channels_last), surgery, batches
 

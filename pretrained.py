@@ -119,17 +119,9 @@ class OperatedNetwork(nn.Module):
 
         Applying all of them, one after the other, gives what `forward` gives.
         """
-        parts = {
-            name: nn.Sequential(*map(self.network.get_submodule, names))
-            for name, names in self.row.stages.items()
-        }
-        parts["head"] = nn.Sequential(
-            *(
-                nn.Flatten() if name == "flatten" else self.network.get_submodule(name)
-                for name in self.row.tail
-            )
-        )
-        return parts
+        modules = {**dict(self.network.named_modules()), "flatten": nn.Flatten()}
+        stages = {**self.row.stages, "head": self.row.tail}
+        return {k: nn.Sequential(*(modules[name] for name in v)) for k, v in stages.items()}
 
     def load_pretrained(self, state: dict[str, Tensor]) -> None:
         """Loads ImageNet weights; the layer they may hold in the new one's place is left out.
@@ -154,8 +146,6 @@ class OperatedNetwork(nn.Module):
             if value.shape != own[key].shape:
                 shapes = f"{tuple(value.shape)}, needed is {tuple(own[key].shape)}"
                 raise ValueError(f"the weights' {key!r} has shape {shapes}")
-            if not value.isfinite().all():
-                raise ValueError(f"the weights' {key!r} holds numbers that are not finite")
         self.network.load_state_dict(given, strict=False)
 
 

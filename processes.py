@@ -44,6 +44,8 @@ def joined(device: torch.device) -> Iterator[torch.device]:
         UnusableInput: several processes cannot train on such a device, or more than there are.
     """
     if SIZE == 1:
+        if device.index is not None:  # what is made without naming a device goes to this one
+            torch.accelerator.set_device_index(device.index)
         yield device
         return
     if device.type not in BACKENDS or device.index is not None:

@@ -4,7 +4,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from runs import commandline, recipes, run
-from runs.settings import CustomSettings, sizes
+from runs.settings import CustomSettings
 
 if TYPE_CHECKING:
     from torch import nn
@@ -39,8 +39,7 @@ def begin(
     """The network as its training begins, how it is built, and the batches it is to see."""
     import torch
 
-    import processes
-    from data import TrainBatches, normalize, resize
+    from data import normalize, resize
     from models import NETWORKS, begin_from_images, create_model
     from runs import loading
 
@@ -51,17 +50,7 @@ def begin(
     if "whitened" in surgery:
         images = splits.train.images[:5000].cpu()
         begin_from_images(model, resize(normalize(images, splits.stats), side))
-    batches = TrainBatches(
-        splits.train,
-        splits.stats,
-        settings.batch_size,
-        augmentation=loading.augmentation(settings),
-        seed=settings.seed,
-        side=side,
-        small_first=sizes(settings.small_first),
-        num_epochs=settings.epochs,
-        part=(processes.RANK, processes.SIZE),
-    )
+    batches = loading.train_batches(settings, splits, side)
     device = splits.train.labels.device
     return model.to(device, memory_format=torch.channels_last), surgery, batches
 

@@ -22,6 +22,8 @@ from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from matplotlib.ticker import LogLocator
+
 import figures
 import finetune
 from benchmarks import common
@@ -29,6 +31,7 @@ from runs import history, reports
 from runs.recipes import BY_NETWORK
 from storage.files import write_atomically
 
+PALETTE = figures.BLUE, figures.ORANGE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"
 COLUMNS = (
     *("arch", "weights", "flags", "images", "epoch", "minutes", "val_accuracy"),
     *("precision", "hardware", "date"),
@@ -75,6 +78,50 @@ def full_runs(results_dir: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Validation accuracy by minutes: a panel a network, a colour a machine, names beside.
+
+    Args:
+        rows: one an epoch, with `arch`, `hardware`, `flags` (which name the line), `minutes` and
+            `val_accuracy` (fraction).
+        path: the PNG.
+    """
+    panels: dict[str, dict] = {}
+    for row in rows:
+        line = row["flags"] or "defaults", row["hardware"]
+        points = panels.setdefault(row["arch"], {}).setdefault(line, [])
+        points.append((float(row["minutes"]), float(row["val_accuracy"])))
+    title = "Fine-tuning: validation accuracy by training time"
+    machines = list(dict.fromkeys(way[1] for ways in panels.values() for way in ways))
+    heights = [1.3 + 0.2 * max(len(ways), 10) for ways in panels.values()]
+    with figures._drawing(path, 10, 0.8 + sum(heights), title) as figure:
+        grid = figure.subplots(len(panels), squeeze=False, height_ratios=heights)
+        for axes, (heading, ways) in zip(grid.flat, panels.items(), strict=True):
+            ranked = sorted(ways.items(), key=lambda way: way[1][-1][1])
+            for number, ((name, machine), line) in enumerate(ranked):
+                line = [(max(minutes, 0.01), 100 * accuracy) for minutes, accuracy in line]
+                colour = PALETTE[machines.index(machine) % len(PALETTE)]
+                look = {"color": colour, "markevery": [len(line) - 1]}
+                axes.plot(*zip(*line, strict=True), "o-", **look)
+                # In a column, in the order of accuracy: no name covers another.
+                beside = {"xytext": (1.05, (number + 0.5) / len(ranked)), "va": "center"}
+                leader = {"arrowstyle": "-", "color": "#BBBBBB", "relpos": (0, 0.5)}
+                beside |= {"textcoords": "axes fraction", "arrowprops": leader, "fontsize": 8}
+                axes.annotate(figures._name(name, 60), line[-1], **beside)
+            labels = {"xlabel": "minutes", "ylabel": "accuracy (%)"}
+            figures._tidy(axes, title=heading, **labels, xscale="log")
+            shortest, longest = axes.get_xlim()
+            subs = (1, 2, 5) if longest > 10 * shortest else (1, 1.5, 2, 3, 5, 7)
+            axes.xaxis.set_major_locator(LogLocator(subs=subs))
+            axes.xaxis.set_major_formatter("{x:g}")
+            axes.minorticks_off()
+        for number, machine in enumerate(machines):
+            grid[0, 0].plot(
+                [], [], "o", color=PALETTE[number % 7], label=figures._name(machine, 60)
+            )
+        figure.legend(loc="outside lower left", frameon=False, fontsize=8)
+
+
 def main() -> None:
     """The command line."""
     parser = common.parser(__file__, __doc__)
@@ -98,7 +145,7 @@ def main() -> None:
     if not lines:
         parser.error("nothing tried yet: give --tries FLAGS ...")
     lines.sort(key=lambda row: (list(BY_NETWORK).index(row["arch"]), row["hardware"]))
-    figures.accuracy_by_minutes(lines, args.output.with_suffix(".png"))
+    draw(lines, args.output.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -73,9 +73,8 @@ OUT_OF_MEMORY = (
 def _fail(reason: BaseException | str, code: int) -> int:
     text = printable(reason if str(reason) else type(reason).__name__)
     stream = sys.stderr
-    if (
-        not FIRST and code == 2
-    ):  # torchrun ends all when one has ended: the first is to speak before
+    if not FIRST and code == 2:
+        # torchrun ends all when one has ended: the first is to speak before
         with signals.handled(lambda *_: os._exit(code)):
             time.sleep(10)
     elif not FIRST:
@@ -125,19 +124,14 @@ class LastingStream:
 @contextmanager
 def _lasting_streams() -> Iterator[None]:
     before = sys.stdout, sys.stderr
-    if not FIRST:
-        sys.stdout = sys.stderr = None
-    streams = sys.stdout, sys.stderr
-    absent = [stream for stream in streams if stream is None]
-    null = open(os.devnull, "w") if absent else None  # noqa: SIM115  closed below
-    sys.stdout, sys.stderr = (LastingStream(null if s is None else s) for s in streams)
-    try:
-        yield
-    finally:
-        sys.stdout.flush()
-        sys.stdout, sys.stderr = before
-        if null:
-            null.close()
+    streams = before if FIRST else (None, None)
+    with open(os.devnull, "w") as null:
+        sys.stdout, sys.stderr = (LastingStream(null if s is None else s) for s in streams)
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+            sys.stdout, sys.stderr = before
 
 
 def typed(script: str, argv: list[str] | None) -> list[str]:
@@ -158,15 +152,8 @@ def launcher() -> list[str]:
     total, here = (int(os.environ.get(f"{of}WORLD_SIZE", 1)) for of in ("", "LOCAL_"))
     if total == 1:
         return []
-    meet = [
-        "--nnodes",
-        str(total // here),
-        "--rdzv-backend",
-        "c10d",
-        "--rdzv-endpoint",
-        "HOST:PORT",
-    ]
-    where = ["--standalone"] if total == here else meet
+    meet = f"--nnodes {total // here} --rdzv-backend c10d --rdzv-endpoint HOST:PORT"
+    where = ["--standalone"] if total == here else meet.split()
     return ["-m", "torch.distributed.run", *where, "--nproc-per-node", str(here)]
 
 
@@ -202,10 +189,8 @@ def add_flags(
     names = sorted(tables, key=lambda name: name != usual)
     groups = {title: parser.add_argument_group(title) for title in GROUPS}
     for entry in dataclasses.fields(kind):
-        known = [of for of in names if entry.name in tables[of]]
-        text = entry.metadata["help"] + _default(
-            entry, {of: tables[of][entry.name] for of in known}
-        )
+        known = {of: tables[of][entry.name] for of in names if entry.name in tables[of]}
+        text = entry.metadata["help"] + _default(entry, known)
         options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text.replace("%", "%%")}
         if entry.type is bool:
             options["action"] = argparse.BooleanOptionalAction
@@ -223,14 +208,9 @@ def _default(entry: dataclasses.Field, by_table: dict[str, Any]) -> str:
     """What `--help` says of a default, and of those that differ by recipe or network."""
 
     def text(value: Any) -> str:
-        shown = entry.metadata.get("shown", "none")
-        return (
-            shown
-            if value in (None, "")
-            else f"{value:g}"
-            if isinstance(value, float)
-            else str(value)
-        )
+        if value in (None, ""):
+            return entry.metadata.get("shown", "none")
+        return f"{value:g}" if isinstance(value, float) else str(value)
 
     if entry.type is bool:
         return f" (default: {'yes' if entry.default else 'no'})"

@@ -26,13 +26,16 @@ class Live:
     ):
         self.run, self.described, self.rows, self.num_steps = run, described, rows, num_steps
         self.points: list[tuple[int, float, float]] = []  # step, loss (nats), learning rate
-        self.before = (0.0, 0.0)  # loss and images of the epoch when a point was last taken
+        self.before = (0, 0.0, 0.0)  # epoch, its loss and images when a point was last taken
         self.left, self.next_write, self.every, self.step = 0.0, 0.0, 1, 0
 
-    def note(self, step: int, lr: float, loss: float, images: float, left: float) -> None:
-        """Takes a point: the loss since the last one.
+    def note(
+        self, epoch: int, step: int, lr: float, loss: float, images: float, left: float
+    ) -> None:
+        """Takes a point: the loss since the last one, or since the epoch began.
 
         Args:
+            epoch: that runs.
             step: of the whole training, from 1.
             lr: its learning rate.
             loss: nats, summed over the running epoch.
@@ -40,10 +43,11 @@ class Live:
             left: seconds to go.
         """
         self.step, self.left = step, left
-        old_loss, old_images = self.before if images > self.before[1] else (0.0, 0.0)
+        same, *old = self.before
+        old_loss, old_images = old if same == epoch else (0.0, 0.0)
         if step % self.every == 0 and images > old_images:
             self.points.append((step, (loss - old_loss) / (images - old_images), lr))
-            self.before = loss, images
+            self.before = epoch, loss, images
             if len(self.points) > MOST_POINTS:
                 self.points, self.every = self.points[1::2], 2 * self.every
         self.refresh()

@@ -11,7 +11,7 @@ import processes
 from data import Augmentation, Splits, TrainBatches, make_splits
 from device import choose_precision
 from errors import UnusableInput, printable
-from runs.settings import TEST_FRACTION, Settings
+from runs.settings import Settings, sizes
 from storage import checkpoint
 from storage.files import sha256
 
@@ -29,8 +29,7 @@ def load_splits(settings: Settings, device: torch.device) -> tuple[Splits, dict[
     if settings.pictures:
         from sources import pictures
 
-        shares = {"val_fraction": settings.val_fraction, "test_fraction": TEST_FRACTION}
-        shares["seed"] = settings.seed
+        shares = {"val_fraction": settings.val_fraction, "seed": settings.seed}
         arrays, source = pictures.folder(settings.pictures, settings.image_size or 32, **shares)
     else:
         from sources.cifar10 import cifar10
@@ -135,10 +134,18 @@ def settle_precision(
     return precision
 
 
-def augmentation(settings: Settings) -> Augmentation:
-    """What is done to training images; its settings bear the names of its attributes."""
-    names = [entry.name for entry in dataclasses.fields(Augmentation)]
-    return Augmentation(**{name: getattr(settings, name) for name in names})
+def train_batches(settings: Settings, splits: Splits, side: int) -> TrainBatches:
+    """The batches a training sees, of images that come to have this side, pixels."""
+    names = [entry.name for entry in dataclasses.fields(Augmentation)]  # settings bear them too
+    return TrainBatches(
+        *(splits.train, splits.stats, settings.batch_size),
+        augmentation=Augmentation(**{name: getattr(settings, name) for name in names}),
+        seed=settings.seed,
+        side=side,
+        small_first=sizes(settings.small_first),
+        num_epochs=settings.epochs,
+        part=(processes.RANK, processes.SIZE),
+    )
 
 
 def learning(settings: Settings) -> dict[str, Any]:

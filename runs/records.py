@@ -1,6 +1,5 @@
 """What a run writes down of itself at its start: settings, surroundings, revision of the code."""
 
-import json
 import os
 import platform
 import subprocess
@@ -21,7 +20,7 @@ from models import num_parameters
 from runs.recipes import changed
 from runs.run import Run
 from runs.settings import Settings
-from storage.files import write_json
+from storage.files import read_json, write_json
 
 CPU = torch.device("cpu")
 # What a checkpoint repeats of config.json.
@@ -140,8 +139,8 @@ def describe(
     path = run.results_dir / "config.json"
     if run.state:
         _compare(run.state["identity"], identity(content))
-        with suppress(OSError, ValueError, KeyError):
-            content |= {key: json.loads(path.read_text())[key] for key in ("command", "date")}
+        before = read_json(path)
+        content |= {key: before[key] for key in ("command", "date") if key in before}
     write_json(path, content)
     _announce(run, content)
     return content

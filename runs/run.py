@@ -1,7 +1,6 @@
 """One run: its name, its lock, its files, and what it starts or goes on from."""
 
 import glob
-import json
 import os
 import signal
 import sys
@@ -14,7 +13,7 @@ from typing import Any
 from errors import Stopped, UnusableInput, printable
 from runs import commandline
 from runs.settings import HARMLESS, Settings, flag, typed
-from storage.files import holder, locked, previous
+from storage.files import holder, locked, previous, read_json
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,9 @@ def _claimed(settings: Settings, default_name: str, command: str) -> Iterator[Ru
         state = None
         if settings.resume:
             if _finished(settings, name):
-                _check_same(settings, _described(results_dir).get("config", {}), name)
+                _check_same(
+                    settings, read_json(results_dir / "config.json").get("config", {}), name
+                )
                 raise AlreadyFinished(f"run {name} is finished: {results_dir}/")
             from storage import checkpoint
 
@@ -109,7 +110,7 @@ def _claimed(settings: Settings, default_name: str, command: str) -> Iterator[Ru
                 print(f"run {name} has no saved state: it begins")
             else:
                 _check_same(settings, state["config"], name)
-        elif _state_exists(settings, name):
+        elif _exists(_state_path(settings, name)):
             go_on = resume_command(results_dir, command)
             raise UnusableInput(
                 f"run {name} is unfinished: continue with `{go_on}`, or start another with "
@@ -146,17 +147,8 @@ def _says_how_to_go_on(run: Run) -> Iterator[None]:
 
 def resume_command(results_dir: Path, command: str) -> str:
     """The command that goes on: as the run was started, not as this one was typed."""
-    command = _described(results_dir).get("command", command)
+    command = read_json(results_dir / "config.json").get("command", command)
     return command if "--resume" in command.split() else f"{command} --resume"
-
-
-def _described(results_dir: Path) -> dict[str, Any]:
-    """The run's config.json; empty where there is none that can be read."""
-    try:
-        content = json.loads((results_dir / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _make_folder(option: str, folder: Path) -> None:
@@ -175,7 +167,7 @@ def _free_name(settings: Settings, wanted: str) -> str:
     while _finished(settings, name):
         number += 1
         name = f"{wanted}-{number}"
-    if settings.resume and not _state_exists(settings, name):
+    if settings.resume and not _exists(_state_path(settings, name)):
         return wanted  # nothing of this series is unfinished
     if name != wanted:
         files = _checkpoint_path(settings, wanted), settings.results_dir / wanted
@@ -207,10 +199,6 @@ def _state_path(settings: Settings, name: str) -> Path:
     return settings.checkpoint_dir / f"{name}.resume.pt"
 
 
-def _state_exists(settings: Settings, name: str) -> bool:
-    return _exists(_state_path(settings, name))
-
-
 def _exists(state_path: Path) -> bool:
     return any(path.exists() for path in (state_path, previous(state_path)))
 
@@ -218,7 +206,7 @@ def _exists(state_path: Path) -> bool:
 def _finished(settings: Settings, name: str) -> bool:
     """A run is finished once its checkpoint or test result stands and its state is gone."""
     results = _checkpoint_path(settings, name), settings.results_dir / name / "test.json"
-    return not _state_exists(settings, name) and any(path.exists() for path in results)
+    return not _exists(_state_path(settings, name)) and any(path.exists() for path in results)
 
 
 def _sweep(settings: Settings, name: str) -> None:

@@ -33,8 +33,6 @@ FILES = "files"
 RARE = "rarely needed"
 GROUPS = (DAILY, FIT, LOOK, FILES, RARE)  # in the order of `--help`
 
-TEST_FRACTION = 0.15  # of a folder of pictures that brings no test split
-
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
@@ -224,11 +222,7 @@ def name_fault(name: str) -> str:
         return "must be a plain name of letters, digits and ._+-"
     if len(name.encode()) > 90:  # the next free one is longer
         return "must be at most 90 bytes long"
-    if (
-        ".pt" in lower
-        or lower.endswith((".resume", ".md", ".html"))
-        or lower in ("reference", "benchmarks")
-    ):
+    if re.search(r"\.pt|\.(resume|md|html)$|^(reference|benchmarks)$", lower):
         return "must not look like another file of a run"
     if re.fullmatch(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", lower):
         return "is a device on Windows; take another"

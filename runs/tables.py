@@ -143,6 +143,10 @@ def _row(run_dir: Path) -> Row:
     top1 = test.get("top1")
     if not (isinstance(top1, float | int) and 0 <= top1 <= 1):  # NaN fails too
         raise ValueError(f"top1 {top1!r} in test.json must be a fraction in [0, 1]")
+    tta, seconds = test.get("top1_tta"), run.get("train_seconds")
+    for name, value in (("top1_tta", tta), ("train_seconds", seconds)):
+        if not isinstance(value, float | int | None):
+            raise ValueError(f"its {name} {value!r} is no number")
     config = run.get("config", {})
     environment = run.get("environment", {})
     ignored = {"seed", "run_name", "device", "network", *HARMLESS}  # the surgery says which
@@ -157,10 +161,10 @@ def _row(run_dir: Path) -> Row:
         "weights": Path(config.get("weights") or "none").name,
         "epochs": config.get("epochs"),
         "top1": top1,
-        "top1_tta": test.get("top1_tta"),
+        "top1_tta": tta,
         "limit": config.get("limit"),
         "parameters": run.get("parameters", {}).get("total"),
-        "seconds": run.get("train_seconds"),
+        "seconds": seconds,
         "hardware": environment.get("hardware"),
         "seed": config.get("seed"),
         "date": run.get("date"),
@@ -183,14 +187,6 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path.name} holds no JSON object")
     return content
-
-
-def read_test_report(run_dir: Path) -> dict[str, Any]:
-    """The test.json of a run; empty where there is none that can be read."""
-    try:
-        return _read(run_dir / "test.json")
-    except (OSError, ValueError):
-        return {}
 
 
 def _text(value: Any) -> str:

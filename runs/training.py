@@ -121,7 +121,7 @@ class Training:
             f"loss {loss / images:.3f}, train acc {100 * correct / images:.1f}%"
         )
         step = at.epoch * self.batches.num_steps + at.step
-        self.live.note(step, at.lr, loss, images, self._seconds_left(at))
+        self.live.note(at.epoch, step, at.lr, loss, images, self._seconds_left(at))
         if (due or signal) and not last:  # at its last step the epoch's end saves
             self._tick(training=True)
             kept = self._save(at)
@@ -150,7 +150,7 @@ class Training:
         self._write_history()
         self.spent["epoch"] = 0.0
         # A state a minute costs nothing; where epochs take a second it must not cost the time.
-        due = time.perf_counter() - self.saved > 20 * self.save_seconds
+        due = not processes.RANK and time.perf_counter() - self.saved > 20 * self.save_seconds
         signal, due = processes.highest(max(received, default=0), due)
         kept = not (signal or due or at.epoch == self.settings.epochs) or self._save(at)
         left = self._seconds_left(at)

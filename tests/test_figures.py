@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 import figures
+from benchmarks import finetuning
 
 ROOT = Path(__file__).parent.parent
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
@@ -184,7 +185,7 @@ def test_every_network_has_a_panel_and_every_machine_a_colour(tmp_path):
         )
         for minutes in (1, 5, 9)
     ]
-    figures.accuracy_by_minutes(rows, tmp_path / "by_minutes.png")
+    finetuning.draw(rows, tmp_path / "by_minutes.png")
     top, bottom, _ = np.array_split(pixels(tmp_path / "by_minutes.png"), [430, 840])
     assert shows(top, figures.BLUE)
     assert shows(top, figures.ORANGE)

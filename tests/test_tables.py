@@ -121,13 +121,16 @@ def test_runs_without_readable_files_are_left_out_with_one_line_each(tmp_path, c
     write_run(tmp_path / "nan", 0, 0.9)
     (tmp_path / "nan/test.json").write_text('{"top1": NaN}')
     write_run(tmp_path / "odd", 0, 0.9, config=[], environment="x")
+    write_run(tmp_path / "time", 0, 0.9, train_seconds="fast")
+    write_run(tmp_path / "tta", 0, 0.9)
+    (tmp_path / "tta/test.json").write_text('{"top1": 0.9, "top1_tta": "x"}')
     write_run(tmp_path / "running", 0, 0.9)
     (tmp_path / "running/test.json").unlink()  # that of a run beside this one is no news
     write_json(tmp_path / "benchmark/numbers.json", {})
     rows = tables.comparison_rows(tmp_path)
     notes = capsys.readouterr().err.splitlines()
     left_out = [note.split(":")[0].rsplit("/")[-1] for note in notes]
-    assert left_out == ["cut", "list", "nan", "odd"]
+    assert left_out == ["cut", "list", "nan", "odd", "time", "tta"]
     head, line = tables.terminal_table(rows).splitlines()
     assert len(head) == len(line) <= 80
     assert "±" not in tables.comparison_table(rows)
