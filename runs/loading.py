@@ -15,6 +15,8 @@ from runs.settings import Settings, sizes
 from storage import checkpoint
 from storage.files import sha256
 
+FEW_STEPS = 150  # of a training on few pictures
+
 
 @processes.agreed()
 def load_splits(settings: Settings, device: torch.device) -> tuple[Splits, dict[str, Any]]:
@@ -47,6 +49,10 @@ def load_splits(settings: Settings, device: torch.device) -> tuple[Splits, dict[
             f"--batch-size {settings.batch_size}: there are {size} training images; take a "
             "smaller batch"
         )
+    steps = settings.epochs * -(-size // settings.batch_size)
+    if steps < FEW_STEPS and not settings.limit and not processes.RANK:
+        more = -(-FEW_STEPS // -(-size // 32))
+        print(f"{steps} steps are few to learn in: try --batch-size 32 --epochs {more}")
     shape = list(splits.train.images.shape[1:3])  # (H, W)
     if settings.translate >= min(shape):
         raise UnusableInput(

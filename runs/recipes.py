@@ -45,7 +45,7 @@ _USUAL: dict[str, Any] = {
 _WHOLE = {"unfreeze": "all", "epochs": 10, "translate": 2}
 BY_NETWORK = {
     "vgg19": _USUAL | {"image_size": 64},
-    "resnet18": _USUAL,
+    "resnet18": _USUAL | _WHOLE | {"image_size": 96, "epochs": 4},
     "resnet50": _USUAL,
     # What it begins from need not be an ImageNet classifier: all of it wants to move.
     "mobilenet_v3_small": _USUAL | _WHOLE | {"image_size": 64, "lr": 3e-3, "stage_lr_scale": 1.0},

@@ -68,10 +68,13 @@ def test_recipes_and_networks_bring_their_defaults_and_changes_are_named():
     assert recipes.changed(fast) == {"lr": 0.5}  # a seed changes no recipe
     assert train_custom.parse([]).recipe == "modern"
     assert recipes.changed(train_custom.parse(["--device", "cpu", "--save-every", "9"])) == {}
-    last, every, scratch = map(
-        finetune.parse, ([], ["--unfreeze", "all"], ["--weights", "none", "--epochs", "4"])
+    usual, last = map(finetune.parse, ([], ["--unfreeze", "last"]))
+    assert (usual.unfreeze, usual.epochs, usual.translate) == ("all", 4, 2)
+    assert (last.epochs, last.translate) == (5, 0)
+    every, scratch = (
+        finetune.parse(["--arch", "resnet50", *more])
+        for more in (["--unfreeze", "all"], ["--weights", "none", "--epochs", "4"])
     )
-    assert (last.unfreeze, last.epochs, last.translate) == ("last", 5, 0)
     assert (every.epochs, every.translate) == (10, 2)
     assert (scratch.unfreeze, scratch.epochs, scratch.stage_lr_scale) == ("all", 4, 1.0)
     assert finetune.parse(["--weights", "none", "--unfreeze", "head"]).unfreeze == "head"
@@ -107,7 +110,7 @@ finetune --weights data/cifar10.npz  | data/cifar10.npz
 finetune --weights other.pth         | other.pth: the weights lack
 finetune --weights nan.pth           | its 'x' holds numbers that are not finite
 train_custom --weights nan.pth       | its 'x' holds numbers that are not finite
-finetune --translate 2               | add --no-cache
+finetune --unfreeze last --translate 2 | add --no-cache
 finetune --unfreeze some             | --unfreeze some: choose from head, last, all
 evaluate                             | no finished checkpoint in checkpoints/: run `python train
 evaluate absent.pt                   | absent.pt

@@ -478,7 +478,9 @@ def test_cifar_written_out_as_pictures_trains_to_the_same_bits(run, sample, scri
     for name in ("train_images", "train_labels", "test_images", "test_labels"):
         assert np.array_equal(getattr(arrays, name), sample[name])
     assert run(*script, "--run-name", "arrays").code == 0
-    assert run(*script, "--run-name", "photos", "--pictures", folder).code == 0
+    done = run(*script, "--run-name", "photos", "--pictures", folder)
+    assert done.code == 0
+    assert "10 steps are few to learn in: try --batch-size 32 --epochs 15\n" in done.out
     assert outcome(".", "arrays") == outcome(".", "photos")
 
 
