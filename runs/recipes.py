@@ -43,12 +43,13 @@ _USUAL: dict[str, Any] = {
     "val_fraction": 0.04,
 }
 _WHOLE = {"unfreeze": "all", "epochs": 10, "translate": 2}
+# What it begins from need not be an ImageNet classifier: all of it wants to move.
+_MOBILE = {"image_size": 96, "epochs": 7, "lr": 3e-3, "stage_lr_scale": 1.0}
 BY_NETWORK = {
     "vgg19": _USUAL | {"image_size": 64},
     "resnet18": _USUAL | _WHOLE | {"image_size": 96, "epochs": 4},
     "resnet50": _USUAL,
-    # What it begins from need not be an ImageNet classifier: all of it wants to move.
-    "mobilenet_v3_small": _USUAL | _WHOLE | {"image_size": 64, "lr": 3e-3, "stage_lr_scale": 1.0},
+    "mobilenet_v3_small": _USUAL | _WHOLE | _MOBILE,
 }
 # What changes with the part that trains: moved images have no output that could be kept.
 BY_PART: dict[str, dict[str, Any]] = {
