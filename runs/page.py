@@ -136,7 +136,8 @@ def _curves(history: Sequence[Row], steps: Sequence[Sequence[float]]) -> str:
         for kind, line in lines.items():
             places = (place(*point) for point in (*line, line[-1]))  # twice: one alone is unseen
             path = " ".join(f"{x:.2f},{y:.2f}" for x, y in places)
-            marks += f'<svg class="{kind}" viewBox="0 0 100 100" preserveAspectRatio="none">'
+            alone = " alone" * (len(line) == 1)
+            marks += f'<svg class="{kind}{alone}" viewBox="0 0 100 100" preserveAspectRatio="none">'
             marks += f'<polyline points="{path}"/></svg>'
             if kind != "step" or len(lines) == 1:
                 key += f'<span class="{kind}">{KINDS[kind]} <b>{line[-1][1]:.3g}</b></span>'
