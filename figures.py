@@ -1,8 +1,9 @@
-"""Pictures from numbers; the only module that imports matplotlib.
+"""Pictures from numbers, the product's only use of matplotlib.
 
-Every function writes a PNG to `path`, whole or not at all, with `title` above it; `classes` are the
-C classes' names. Figures are made as objects, without pyplot: no display, nothing to close. They do
-not depend on a person's own matplotlib settings, and no text from outside is read as a formula.
+What takes a `path` writes a PNG there, whole or not at all, with `title` above it; `classes` are
+the C classes' names. Figures are made as objects, without pyplot: no display, nothing to close.
+They do not depend on a person's own matplotlib settings, and no text from outside is read as a
+formula.
 Colour-blind readers can tell the colours apart (Okabe and Ito, https://jfly.uni-koeln.de/color/).
 """
 
@@ -41,7 +42,7 @@ def curves(history: Rows, path: Path, title: str, reference: float | None = None
     Values that are absent, empty or NaN are left out; one row at least. `reference` is the accuracy
     of the original project, a fraction, drawn as a thin line.
     """
-    with _drawing(path, 10, 4.3, title) as figure:
+    with drawing(path, 10, 4.3, title) as figure:
         loss, accuracy, rate = figure.subplots(1, 3, width_ratios=(4, 4, 3))
         training = "training: augmented images, weights still moving; label smoothing in the loss"
         validation = "validation: images as they are, weights at the end of the epoch"
@@ -57,7 +58,7 @@ def curves(history: Rows, path: Path, title: str, reference: float | None = None
             accuracy.annotate(text, (0.99, 100 * reference), color=GREY, fontsize=8, **right)
         names = "Loss (cross-entropy, nats)", "Accuracy (%)", "Learning rate"
         for axes, name in zip((loss, accuracy, rate), names, strict=True):
-            _tidy(axes, title=name, xlabel="epoch", xlim=(0.5, float(history[-1]["epoch"]) + 0.5))
+            tidy(axes, title=name, xlabel="epoch", xlim=(0.5, float(history[-1]["epoch"]) + 0.5))
             axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
         # Below the panels: inside them it would cover the lines of a short training.
         lines = accuracy.get_legend_handles_labels()
@@ -70,13 +71,13 @@ def confusion_matrix(matrix: Tensor, classes: Names, path: Path, title: str) -> 
     `matrix` holds (C, C) int64 counts, rows true. The colours span the mistakes alone: on a scale
     up to 100 % they would all look white.
     """
-    counts, names = matrix.numpy(), [_name(text) for text in classes]
+    counts, names = matrix.numpy(), [short(text) for text in classes]
     if len(counts) > 20:
         return _worst_pairs(counts, names, path, title)
     percent = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
     wrong = np.where(np.eye(len(counts), dtype=bool), np.nan, percent)
     top = max(np.nanmax(wrong, initial=0), 1e-9)
-    with _drawing(path, 8.2, 7.2, f"{title} ({counts.sum():,} images)") as figure:
+    with drawing(path, 8.2, 7.2, f"{title} ({counts.sum():,} images)") as figure:
         axes = figure.subplots()
         colours = axes.pcolormesh(wrong, cmap="Blues", vmin=0, vmax=top, ec="white", lw=1.5)
         label = "misclassified (% of the true class)"
@@ -100,7 +101,7 @@ def _worst_pairs(counts: np.ndarray, names: Names, path: Path, title: str) -> No
     order = np.argsort(-wrong, axis=None, kind="stable")[: min(20, np.count_nonzero(wrong))]
     pairs = list(zip(*np.unravel_index(order, wrong.shape), strict=True))
     title += f": {wrong.sum():,} of {counts.sum():,} images misclassified, the most frequent pairs"
-    with _drawing(path, 9, 1.6 + 0.3 * len(pairs), title) as figure:
+    with drawing(path, 9, 1.6 + 0.3 * len(pairs), title) as figure:
         axes = figure.subplots()
         ticks = [f"{names[true]} → {names[predicted]}" for true, predicted in pairs]
         numbers = [wrong[pair] for pair in pairs]
@@ -129,7 +130,7 @@ def mistakes(
     title += f": {len(wrong):,} of {len(labels):,} images misclassified"
     captions = []
     for index in shown:
-        true, guess = (_name(classes[kind[index]], 14) for kind in (labels, predicted))
+        true, guess = (short(classes[kind[index]], 14) for kind in (labels, predicted))
         captions.append(f"{true} → {guess}\n{_percent(confidence[index].item())}")
     note = f"the {len(shown)} surest: true → predicted, with its probability" if shown else ""
     _gallery([images[index] for index in shown], captions, 5, path, title, note)
@@ -140,7 +141,7 @@ def batch(images: Pixels, labels: Tensor, classes: Names, path: Path, title: str
 
     `images` are (B, H, W, 3), uint8 or float in [0, 1]; `labels` (B,) integers.
     """
-    captions = [_name(classes[label], 14) for label in labels[:32].tolist()]
+    captions = [short(classes[label], 14) for label in labels[:32].tolist()]
     _gallery(images[:32], captions, 8, path, title)
 
 
@@ -149,7 +150,7 @@ def _gallery(
 ) -> None:
     """Images in rows, each under its caption."""
     rows = max(math.ceil(len(captions) / columns), 1)
-    with _drawing(path, 9, 0.8 + (8 / columns + (0.4 if note else 0.2)) * rows, title) as figure:
+    with drawing(path, 9, 0.8 + (8 / columns + (0.4 if note else 0.2)) * rows, title) as figure:
         for number, (image, caption) in enumerate(zip(images, captions, strict=True), start=1):
             _show(figure.add_subplot(rows, columns, number), image, caption)
         figure.supxlabel(note, fontsize=9)
@@ -188,13 +189,13 @@ def predictions(rows: Sequence[tuple], path: Path, title: str) -> None:
     `rows` are (name, thumbnail (H, W, 3) uint8, square (S, S, 3) uint8, [(class, probability), ...]
     with the likeliest first).
     """
-    with _drawing(path, 8, 0.9 + 1.45 * len(rows), title) as figure:
+    with drawing(path, 8, 0.9 + 1.45 * len(rows), title) as figure:
         grid = figure.subplots(len(rows), 3, squeeze=False, width_ratios=(3, 3, 5))
         for (left, middle, right), (name, given, seen, top) in zip(grid, rows, strict=True):
             _show(left, given, "as given")
             _show(middle, seen, f"the {len(seen)}x{len(seen)} pixels it saw")
-            right.set_title(_name(name, 32), fontsize=9, loc="left")
-            names, shares = zip(*((_name(text), share) for text, share in top), strict=True)
+            right.set_title(short(name, 32), fontsize=9, loc="left")
+            names, shares = zip(*((short(text), share) for text, share in top), strict=True)
             bars = right.barh(range(len(top)), shares, color=BLUE, tick_label=names)
             right.bar_label(bars, [_percent(share) for share in shares], padding=4, fontsize=9)
             right.set(xlim=(0, 1.18), xticks=[])
@@ -212,7 +213,7 @@ def calibration(
     variants = [("as trained", 1.0, ORANGE, "o")]
     if temperature is not None:
         variants.append((f"temperature {temperature:.2f}", temperature, BLUE, "s"))
-    with _drawing(path, 6.4, 7.2, title) as figure:
+    with drawing(path, 6.4, 7.2, title) as figure:
         diagram, histogram = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
         diagram.plot([0, 100], [0, 100], color=GREY, linestyle="--", linewidth=1, label="ideal")
         for name, scale, colour, marker in variants:
@@ -227,17 +228,17 @@ def calibration(
             diagram.errorbar(100 * confidence, 100 * accuracy, **look)
             edges = np.linspace(0, 100, len(bins.count) + 1)
             histogram.stairs(bins.count.numpy(), edges, color=colour, linewidth=1.5, baseline=None)
-        _tidy(diagram, ylabel="accuracy (%), with its 68 % interval", ylim=(-2, 102))
+        tidy(diagram, ylabel="accuracy (%), with its 68 % interval", ylim=(-2, 102))
         diagram.legend(frameon=False, loc="lower right")
         # Logarithmic: most images lie in the last bin; a single one still shows.
-        _tidy(histogram, ylabel="images per bin", xlim=(0, 101), yscale="log", ylim=(0.5, None))
+        tidy(histogram, ylabel="images per bin", xlim=(0, 101), yscale="log", ylim=(0.5, None))
         histogram.set(xlabel="confidence: probability of the predicted class (%)")
         histogram.minorticks_off()
         histogram.yaxis.set_major_formatter("{x:,.0f}")
 
 
 @contextmanager
-def _drawing(path: Path, width: float, height: float, title: str) -> Iterator[Figure]:
+def drawing(path: Path, width: float, height: float, title: str) -> Iterator[Figure]:
     """A figure of so many inches, saved where the block ends."""
     with style.context(["default", {"text.parse_math": False}]), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a character that the font lacks is a box, no more
@@ -263,13 +264,14 @@ def _show(axes: Axes, image: Pixels, caption: str) -> None:
     axes.set_axis_off()
 
 
-def _tidy(axes: Axes, **properties: Any) -> None:
+def tidy(axes: Axes, **properties: Any) -> None:
+    """Sets labels and ranges of a plot, with a faint grid and no frame on the right and above."""
     axes.set(**properties)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _name(text: object, width: int = 24) -> str:
+def short(text: object, width: int = 24) -> str:
     """A name from outside, on one line and cut to so many characters."""
     text = printable(text)
     return text if len(text) <= width else f"{text[: width - 1]}…"

@@ -44,7 +44,8 @@ def joined(device: torch.device) -> Iterator[torch.device]:
         UnusableInput: several processes cannot train on such a device, or more than there are.
     """
     if SIZE == 1:
-        if device.index is not None:  # what is made without naming a device goes to this one
+        if device.type != "cpu" and device.index is not None:
+            # What is made without naming a device goes to this one.
             torch.accelerator.set_device_index(device.index)
         yield device
         return

@@ -94,7 +94,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     title = "Fine-tuning: validation accuracy by training time"
     machines = list(dict.fromkeys(way[1] for ways in panels.values() for way in ways))
     heights = [1.3 + 0.2 * max(len(ways), 10) for ways in panels.values()]
-    with figures._drawing(path, 10, 0.8 + sum(heights), title) as figure:
+    with figures.drawing(path, 10, 0.8 + sum(heights), title) as figure:
         grid = figure.subplots(len(panels), squeeze=False, height_ratios=heights)
         for axes, (heading, ways) in zip(grid.flat, panels.items(), strict=True):
             ranked = sorted(ways.items(), key=lambda way: way[1][-1][1])
@@ -107,18 +107,17 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
                 beside = {"xytext": (1.05, (number + 0.5) / len(ranked)), "va": "center"}
                 leader = {"arrowstyle": "-", "color": "#BBBBBB", "relpos": (0, 0.5)}
                 beside |= {"textcoords": "axes fraction", "arrowprops": leader, "fontsize": 8}
-                axes.annotate(figures._name(name, 60), line[-1], **beside)
+                axes.annotate(figures.short(name, 60), line[-1], **beside)
             labels = {"xlabel": "minutes", "ylabel": "accuracy (%)"}
-            figures._tidy(axes, title=heading, **labels, xscale="log")
+            figures.tidy(axes, title=heading, **labels, xscale="log")
             shortest, longest = axes.get_xlim()
             subs = (1, 2, 5) if longest > 10 * shortest else (1, 1.5, 2, 3, 5, 7)
             axes.xaxis.set_major_locator(LogLocator(subs=subs))
             axes.xaxis.set_major_formatter("{x:g}")
             axes.minorticks_off()
         for number, machine in enumerate(machines):
-            grid[0, 0].plot(
-                [], [], "o", color=PALETTE[number % 7], label=figures._name(machine, 60)
-            )
+            look = {"color": PALETTE[number % len(PALETTE)], "label": figures.short(machine, 60)}
+            grid[0, 0].plot([], [], "o", **look)
         figure.legend(loc="outside lower left", frameon=False, fontsize=8)
 
 

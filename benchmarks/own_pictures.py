@@ -23,25 +23,28 @@ from benchmarks import common, memory
 from sources.cifar10 import CLASSES, cifar10
 
 
-def write(folder: Path, images: np.ndarray, labels: np.ndarray, large: bool) -> float:
-    """Writes images (N, 32, 32, 3) as numbered files in a folder per class; returns their bytes."""
+def write(
+    folder: Path, images: np.ndarray, labels: np.ndarray, photographs: int | None = None
+) -> int:
+    """Writes images (N, 32, 32, 3) as numbered files in a folder per class; returns their bytes.
+
+    `photographs` are so many large JPEGs made of them, instead of a PNG of each.
+    """
 
     def one(number: int) -> int:
-        image = Image.fromarray(images[number % len(images)])
-        path = folder / CLASSES[labels[number % len(images)]] / f"{number:05}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if large:  # grain, without which an enlarged picture would take too few bytes
+        index = number % len(images)
+        image, path = Image.fromarray(images[index]), folder / CLASSES[labels[index]]
+        path.mkdir(parents=True, exist_ok=True)
+        if photographs:  # grain, without which an enlarged picture would take too few bytes
             noise = np.random.default_rng(number).integers(-12, 13, (480, 640, 1), np.int16)
             values = np.asarray(image.resize((640, 480), Image.Resampling.BICUBIC)) + noise
-            image, path = (
-                Image.fromarray(values.clip(0, 255).astype(np.uint8)),
-                path.with_suffix(".jpg"),
-            )
+            image = Image.fromarray(values.clip(0, 255).astype(np.uint8))
+        path /= f"{number:05}.{'jpg' if photographs else 'png'}"
         image.save(path, quality=90)
         return path.stat().st_size
 
     with ThreadPoolExecutor() as pool:
-        return float(sum(pool.map(one, range(large or len(images)))))
+        return sum(pool.map(one, range(photographs or len(images))))
 
 
 def few(folder: Path, flags: str) -> dict[str, Any]:
@@ -74,8 +77,8 @@ def main() -> None:
         if args.few:
             chosen = [np.flatnonzero(data.train_labels == c)[: args.few // 10] for c in range(10)]
             images, labels = (a[np.sort(np.concatenate(chosen))] for a in data[1:3])
-            write(folder / "few" / "train", images, labels, False)
-            write(folder / "few" / "test", data.test_images[:1000], data.test_labels[:1000], False)
+            write(folder / "few" / "train", images, labels)
+            write(folder / "few" / "test", data.test_images[:1000], data.test_labels[:1000])
             figures["few"] = {"pictures": len(labels), **few(folder, args.flags)}
     print(figures)
     common.write(args, figures)

@@ -57,7 +57,8 @@ BY_PART: dict[str, dict[str, Any]] = {
     "last": {"epochs": 5, "translate": 0},
     "all": _WHOLE,
 }
-FROM_SCRATCH: dict[str, Any] = {"unfreeze": "all", "stage_lr_scale": 1.0}  # nothing to keep
+# Nothing to keep, more to learn.
+FROM_SCRATCH: dict[str, Any] = {"unfreeze": "all", "stage_lr_scale": 1.0, "epochs": 10}
 
 
 def custom(given: dict[str, Any]) -> CustomSettings:

@@ -77,6 +77,7 @@ def test_recipes_and_networks_bring_their_defaults_and_changes_are_named():
     )
     assert (every.epochs, every.translate) == (10, 2)
     assert (scratch.unfreeze, scratch.epochs, scratch.stage_lr_scale) == ("all", 4, 1.0)
+    assert finetune.parse(["--weights", "none"]).epochs == 10
     assert finetune.parse(["--weights", "none", "--unfreeze", "head"]).unfreeze == "head"
     assert finetune.parse(["--arch", "mobilenet_v3_small"]).unfreeze == "all"
     assert sizes("0.3:16,0.6:24") == ((0.3, 16), (0.6, 24))

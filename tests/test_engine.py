@@ -15,6 +15,7 @@ import data
 import device
 import engine
 import models
+import processes
 from optimizers import make_optimizer, parameter_groups
 from storage.checkpoint import digest
 
@@ -219,6 +220,11 @@ def test_crops_are_the_image_and_two_moved_by_a_pixel_each_with_its_mirror_image
     moved = [padded[:, :, start : start + 32, start : start + 32] for start in (1, 0, 2)]
     expected = [view for each in moved for view in (each, each[..., ::-1])]
     np.testing.assert_array_equal(list(engine.views(x, "crops")), expected)
+
+
+def test_a_numbered_cpu_is_a_cpu():
+    with processes.joined(device.select_device("cpu:0")) as chosen:
+        assert chosen.type == "cpu"
 
 
 class NoDoubles(TorchDispatchMode):
