@@ -10,27 +10,29 @@ ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU}
 
 
 class Whitening(nn.Module):
-    """Rotates and scales the input's patches so that their values are uncorrelated; never trains.
+    """Rotates and scales the input's patches so that their values are uncorrelated.
 
     It is to patches what the division by the standard deviation is to channels: measured on the
-    training images (`whiten`) and kept with the checkpoint. Until it is measured, the patches come
-    out as they are.
+    training images (`whiten`) and kept with the checkpoint. The filters never train. Until they are
+    measured, the patches come out as they are.
 
     Args:
         side: of the square patches, pixels.
+        biased: add a bias that trains.
     """
 
-    def __init__(self, side: int):
+    def __init__(self, side: int, biased: bool = False):
         super().__init__()
         # Both signs of each direction: the activation that follows would lose half of one.
         filters = torch.zeros(2, 3 * side**2, 3 * side**2)
         for sign, directions in zip((1, -1), filters, strict=True):
             directions.fill_diagonal_(sign)
         self.register_buffer("filters", filters.reshape(-1, 3, side, side))
+        self.bias = nn.Parameter(torch.zeros(6 * side**2)) if biased else None
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps normalised images (B, 3, H, W) to (B, 6 side^2, H - side + 1, W - side + 1)."""
-        return F.conv2d(x, self.filters)
+        return F.conv2d(x, self.filters, self.bias)
 
 
 class Residual(nn.Sequential):
@@ -59,6 +61,7 @@ class CustomCNN(nn.Module):
         activation: "relu" or "gelu".
         whitened: side of the patches that a fixed layer, with an activation of its own, whitens
             before the nine layers; 0 for none.
+        biased: let that layer add a bias that trains.
         momentum: share of the newest batch in BatchNorm's running statistics.
         residual: let the first two linear layers add to the features instead of replacing them,
             `hidden[0]` wide in between: they fit the training images less closely.
@@ -72,12 +75,13 @@ class CustomCNN(nn.Module):
         num_classes: int = 10,
         activation: str = "relu",
         whitened: int = 0,
+        biased: bool = False,
         momentum: float = 0.1,
         residual: bool = False,
     ):
         super().__init__()
         act = ACTIVATIONS[activation]
-        layers: list[nn.Module] = [Whitening(whitened), act()] if whitened else []
+        layers: list[nn.Module] = [Whitening(whitened, biased), act()] if whitened else []
         channels = 6 * whitened**2 if whitened else 3
         for number, width in enumerate(widths, start=1):
             layers.append(nn.Conv2d(channels, width, 3, padding=1, bias=False))
@@ -108,12 +112,15 @@ class CustomCNN(nn.Module):
 
 # The pool stands early in each pair: the wide convolutions see maps of 15, 7, 7 and 3 pixels, the
 # widest the smallest. A 2x2 colour patch has twelve directions: 24 channels.
-_EARLY = {"pool_after": (1, 3, 5), "activation": "gelu", "whitened": 2}
+_EARLY = {
+    **{"pool_after": (1, 3, 5), "activation": "gelu", "whitened": 2, "biased": True},
+    **{"residual": True, "hidden": (512, 128)},
+}
 NETWORKS: dict[str, dict[str, Any]] = {
     "tutorial": {},  # 39 million multiplications an image of 32x32
-    "slim": {"widths": (64, 64, 256, 256, 256, 256), "residual": True, **_EARLY},  # 118 million
+    "slim": {"widths": (64, 64, 256, 256, 256, 256), **_EARLY},  # 118 million
     "wide": {"widths": (64, 64, 256, 256, 384, 512), **_EARLY},  # 143 million
-    "widest": {"widths": (96, 96, 320, 320, 512, 512), **_EARLY},  # 240 million
+    "widest": {"widths": (128, 128, 512, 512, 1024, 1024), **_EARLY},  # 625 million
 }
 
 

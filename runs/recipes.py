@@ -9,23 +9,23 @@ from runs.settings import HARMLESS, CustomSettings, FineTuneSettings, Settings
 _RECIPES: dict[str, tuple] = {
     "recipe":             ("classic",   "modern",      "speedrun", "best"),
     "network":            ("tutorial",  "wide",        "slim",     "widest"),
-    "epochs":             (30,          24,            10,         100),
-    "batch_size":         (128,         256,           1000,       256),
-    "optimizer":          ("adam",      "adamw",       "muon",     "adamw"),
-    "lr":                 (1e-3,        3e-3,          0.01,       3e-3),
-    "muon_lr":            (0.0,         0.0,           0.17,       0.0),
-    "schedule":           ("cosine",    "cosine",      "linear",   "cosine"),
-    "warmup":             (0.0,         0.2,           0.0,        0.2),
+    "epochs":             (30,          20,            10,         100),
+    "batch_size":         (128,         512,           1000,       500),
+    "optimizer":          ("adam",      "adamw",       "muon",     "muon"),
+    "lr":                 (1e-3,        8e-3,          0.01,       0.005),
+    "muon_lr":            (0.0,         0.0,           0.17,       0.12),
+    "schedule":           ("cosine",    "cosine",      "linear",   "linear"),
+    "warmup":             (0.0,         0.2,           0.0,        0.0),
     # BatchNorm makes the convolutions scale-free, so that decay sets their effective step: the
-    # norm settles where a step turns the weights by sqrt(2 lr decay), here 5.5 %.
-    "weight_decay":       (0.01,        0.5,           0.2,        0.5),
-    "bias_lr_scale":      (1.0,         8.0,           5000.0,     8.0),
-    "batchnorm_momentum": (0.1,         0.1,           0.4,        0.1),
+    # norm settles where a step turns the weights by sqrt(2 lr decay), here 9 %.
+    "weight_decay":       (0.01,        0.5,           0.2,        0.1),
+    "bias_lr_scale":      (1.0,         20.0,          5000.0,     9000.0),
+    "batchnorm_momentum": (0.1,         0.1,           0.4,        0.2),
     "label_smoothing":    (0.0,         0.2,           0.2,        0.2),
     "flip":               ("random",    "alternating", "alternating", "alternating"),
     "translate":          (0,           4,             2,          4),
-    "cutout":             (0,           8,             0,          12),
-    "small_first":        ("",          "",            "0.5:24",   ""),
+    "cutout":             (0,           8,             0,          16),
+    "small_first":        ("",          "0.5:24",      "0.5:24",   "0.5:24"),
     "val_fraction":       (0.04,        0.02,          0.02,       0.02),
 }  # fmt: skip
 
@@ -47,14 +47,14 @@ _WHOLE = {"unfreeze": "all", "epochs": 10, "translate": 2}
 _MOBILE = {"image_size": 96, "epochs": 7, "lr": 3e-3, "stage_lr_scale": 1.0}
 BY_NETWORK = {
     "vgg19": _USUAL | {"image_size": 64},
-    "resnet18": _USUAL | _WHOLE | {"image_size": 96, "epochs": 4},
-    "resnet50": _USUAL,
+    "resnet18": _USUAL | _WHOLE | {"image_size": 128, "small_first": "0.5:96", "epochs": 3},
+    "resnet50": _USUAL | _WHOLE | {"image_size": 96, "epochs": 3, "lr": 6e-4},
     "mobilenet_v3_small": _USUAL | _WHOLE | _MOBILE,
 }
 # What changes with the part that trains: moved images have no output that could be kept.
 BY_PART: dict[str, dict[str, Any]] = {
-    "head": {"epochs": 10, "translate": 0},
-    "last": {"epochs": 5, "translate": 0},
+    "head": {"epochs": 10, "translate": 0, "small_first": ""},
+    "last": {"epochs": 5, "translate": 0, "small_first": ""},
     "all": _WHOLE,
 }
 # Nothing to keep, more to learn.

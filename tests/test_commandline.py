@@ -69,10 +69,10 @@ def test_recipes_and_networks_bring_their_defaults_and_changes_are_named():
     assert train_custom.parse([]).recipe == "modern"
     assert recipes.changed(train_custom.parse(["--device", "cpu", "--save-every", "9"])) == {}
     usual, last = map(finetune.parse, ([], ["--unfreeze", "last"]))
-    assert (usual.unfreeze, usual.epochs, usual.translate) == ("all", 4, 2)
-    assert (last.epochs, last.translate) == (5, 0)
+    assert (usual.unfreeze, usual.epochs, usual.translate) == ("all", 3, 2)
+    assert (last.epochs, last.translate, last.small_first) == (5, 0, "")
     every, scratch = (
-        finetune.parse(["--arch", "resnet50", *more])
+        finetune.parse(["--arch", "vgg19", *more])
         for more in (["--unfreeze", "all"], ["--weights", "none", "--epochs", "4"])
     )
     assert (every.epochs, every.translate) == (10, 2)
@@ -97,9 +97,9 @@ train_custom --small-first .6:24,.3:16 | --small-first .6:24,.3:16: must be
 train_custom --small-first 1:24      | --small-first 1:24: must be
 train_custom --run-name ../x         | folders go in --checkpoint-dir and --results-dir
 train_custom --results-dir data/cifar10.npz | --results-dir data/cifar10.npz: cannot be made
-train_custom --weights absent.pt     | --weights absent.pt: no such file
-train_custom --weights imagenet      | --weights imagenet: there are none of this network
-train_custom --translate 32          | --translate 32: the images have 32 pixels; move them less
+train_custom --weights absent.pt --batch-size 64 | --weights absent.pt: no such file
+train_custom --weights imagenet --batch-size 64 | --weights imagenet: there are none of this network
+train_custom --translate 32 --batch-size 64 | --translate 32: the images have 32 pixels
 train_custom --pictures absent       | absent: no such folder
 train_custom --device toaster        | --device toaster: choose auto, cpu
 train_custom --device cuda           | --device cuda: torch
@@ -110,7 +110,7 @@ finetune --weights absent.pth        | --weights absent.pth: no such file; or im
 finetune --weights data/cifar10.npz  | data/cifar10.npz
 finetune --weights other.pth         | other.pth: the weights lack
 finetune --weights nan.pth           | its 'x' holds numbers that are not finite
-train_custom --weights nan.pth       | its 'x' holds numbers that are not finite
+train_custom --weights nan.pth --batch-size 64 | its 'x' holds numbers that are not finite
 finetune --unfreeze last --translate 2 | add --no-cache
 finetune --unfreeze some             | --unfreeze some: choose from head, last, all
 evaluate                             | no finished checkpoint in checkpoints/: run `python train

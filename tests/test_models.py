@@ -24,7 +24,7 @@ def test_parameter_counts():
         models.num_parameters(models.create_model("custom_cnn", surgery, 10))["total"]
         for surgery in models.NETWORKS.values()
     ]
-    assert counts == [355_050, 2_104_064, 3_611_146, 5_305_226]
+    assert counts == [355_050, 2_235_672, 3_975_704, 18_346_520]
 
 
 def normalised(images):
@@ -43,7 +43,8 @@ def test_whitening_makes_the_channels_of_real_patches_uncorrelated_and_never_tra
 
 
 def test_layers_begin_by_passing_their_input_through(sample):
-    model = models.create_model("custom_cnn", models.NETWORKS["wide"], 10)
+    surgery = models.NETWORKS["wide"]
+    model = models.create_model("custom_cnn", surgery | {"residual": False}, 10)
     x = normalised(sample["train_images"][:64])
     models.begin_from_images(model, x)
     whitening, *convs = (m for m in model.features if isinstance(m, models.Whitening | nn.Conv2d))
@@ -57,6 +58,9 @@ def test_layers_begin_by_passing_their_input_through(sample):
         pooled = torch.randn(2, linear.in_features)
         passed = min(linear.in_features, linear.out_features)
         torch.testing.assert_close(linear(pooled)[:, :passed], pooled[:, :passed])
+    model = models.create_model("custom_cnn", surgery, 10)
+    models.begin_from_images(model, x)
+    assert torch.equal(model.head[0](pooled), pooled)  # adds nothing yet
     counts = models.num_parameters(model)  # all but BatchNorm's scales train
     scales = sum(m.weight.numel() for m in model.modules() if "BatchNorm" in type(m).__name__)
     assert counts["total"] - counts["trainable"] == scales > 0

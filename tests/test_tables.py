@@ -15,7 +15,9 @@ HARDWARE = "2 cores | <x>"
 
 def write_run(folder, seed, top1, arguments=(), **changes):
     """Leaves what a run of `train_custom.py` with these arguments leaves."""
-    settings = train_custom.parse([*arguments, "--seed", str(seed), "--run-name", "a"])
+    settings = train_custom.parse(
+        ["--recipe", "classic", "--seed", str(seed), "--run-name", "a", *arguments]
+    )
     run = {
         "arch": "custom_cnn",
         "surgery": models.NETWORKS[settings.network] | {"momentum": settings.batchnorm_momentum},
@@ -46,13 +48,13 @@ def test_comparison_sorts_escapes_and_averages_over_seeds(tmp_path, capsys):
     assert [row["run"] for row in rows] == ["second", "other", "the[first]_run_"]
     lines = (tmp_path / "README.md").read_text(encoding="utf-8").splitlines()
     assert (
-        r"| [the\[first\]\_run\_](the%5Bfirst%5D_run_/) | custom_cnn | modern | none | 24 "
+        r"| [the\[first\]\_run\_](the%5Bfirst%5D_run_/) | custom_cnn | classic | none | 30 "
         r"| 2 cores \| \<x\> | 90.00 | - | 1.5 | 1.5 | 0 | 2025-01-01 |"
     ) in lines
-    assert "| modern (epochs 20, lr 0.1) |" in next(line for line in lines if "[other]" in line)
+    assert "| classic (epochs 20, lr 0.1) |" in next(line for line in lines if "[other]" in line)
     assert (
         lines[-1]
-        == r"| custom_cnn | modern | none | 24 | 2 cores \| \<x\> | 2 | 91.00 ± 1.41 | - | 1.5 |"
+        == r"| custom_cnn | classic | none | 30 | 2 cores \| \<x\> | 2 | 91.00 ± 1.41 | - | 1.5 |"
     )
     assert "the[first]_run_" in (tmp_path / "index.html").read_text(encoding="utf-8")
     assert capsys.readouterr().err == ""
@@ -70,7 +72,7 @@ def test_a_run_of_before_a_setting_existed_is_pooled_with_one_of_its_default(tmp
     [line] = groups(tmp_path)
     assert "| 3 | 91.33 ± 1.15 |" in line
     # A setting that is added needs its former value there, or it splits every group.
-    committed = tables._read(ROOT / "results/reference/custom_cnn-seed1/config.json")["config"]
+    committed = tables._read(ROOT / "results/reference/custom_cnn-classic/config.json")["config"]
     today = train_custom.parse([]).plain()
     assert today.keys() - committed.keys() <= {*tables.ABSENT, "network"}
 
