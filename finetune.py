@@ -1,15 +1,12 @@
 """Fine-tunes a network that knows ImageNet, on CIFAR-10 or on your own pictures."""
 
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runs import commandline, recipes, run
 from runs.settings import FineTuneSettings
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
-
     from data import Splits, TrainBatches
     from pretrained import OperatedNetwork
 
@@ -75,35 +72,16 @@ def begin(
     return model.to(device, memory_format=torch.channels_last), surgery, batches
 
 
-def cached(
-    trunk: "nn.Module", batches: "TrainBatches", splits: "Splits", precision: str, scratch: Path
-) -> "tuple[TrainBatches, Tensor | None]":
-    """Batches of the frozen part's output, and that output of this process's validation images."""
-    import processes
-    from features import FeatureBatches, compute_features
-
-    options = splits.stats, batches.side, precision, scratch
-    mirrored = batches.augmentation.flip != "none"
-    mine = splits.train.images[processes.RANK :: processes.SIZE]
-    features = compute_features(trunk, mine, *options, mirrored=mirrored)
-    judged = None
-    if splits.val:
-        own = processes.own(splits.val.images)
-        judged = compute_features(trunk, own, *options, mirrored=False)
-    return FeatureBatches(batches, features), judged
-
-
 def train(settings: FineTuneSettings, command: str) -> None:
     """Fine-tunes one network and leaves its checkpoint, numbers and pictures."""
     # Not at the top: --help is to answer, and Ctrl-C to be heeded, before torch is loaded.
     import engine
-    import processes
     from data import ChannelStats, inputs
-    from device import compile_or_not, now, repeatable, select_device
-    from features import feature_inputs
     from optimizers import make_optimizer
     from pretrained import freeze
-    from runs import loading, records, reports
+    from runs import loading, processes, records, reports
+    from runs.device import compile_or_not, now, repeatable, select_device
+    from runs.features import feature_inputs, of_trunk
     from runs.training import Training
 
     repeatable()
@@ -129,7 +107,7 @@ def train(settings: FineTuneSettings, command: str) -> None:
         begun, trained, judged = now(device), model, None
         if settings.cached:  # what is frozen is computed once; then only the rest is left to train
             trained = tail
-            batches, judged = cached(trunk, batches, splits, precision, claimed.checkpoint_path)
+            batches, judged = of_trunk(trunk, batches, splits, precision, claimed.checkpoint_path)
 
         def validate() -> tuple[float, float]:
             images = inputs(processes.own(splits.val.images), splits.stats, batches.side)

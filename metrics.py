@@ -30,12 +30,6 @@ def top1(logits: Tensor, labels: Tensor) -> float:
     return (logits.argmax(1) == labels).double().mean().item()
 
 
-def cross_entropy(logits: Tensor, labels: Tensor) -> float:
-    """Mean negative log-likelihood of the labels in nats."""
-    _check(logits, labels)
-    return F.cross_entropy(logits.double(), labels).item()
-
-
 def confusion_matrix(logits: Tensor, labels: Tensor) -> Tensor:
     """Counts of images, (C, C) int64: rows are true classes, columns predicted ones."""
     _check(logits, labels)
@@ -143,7 +137,7 @@ def summarize(
     }
     return {
         "n": len(labels),
-        "loss": cross_entropy(logits, labels),
+        "loss": F.cross_entropy(logits.double(), labels).item(),
         "top1": top1(logits, labels),
         "top1_tta": None if logits_tta is None else top1(logits_tta, labels),
         "per_class": {name: values["recall"] for name, values in by_class.items()},

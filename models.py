@@ -6,8 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU}
-
 
 class Whitening(nn.Module):
     """Rotates and scales the input's patches so that their values are uncorrelated.
@@ -80,7 +78,7 @@ class CustomCNN(nn.Module):
         residual: bool = False,
     ):
         super().__init__()
-        act = ACTIVATIONS[activation]
+        act = {"relu": nn.ReLU, "gelu": nn.GELU}[activation]
         layers: list[nn.Module] = [Whitening(whitened, biased), act()] if whitened else []
         channels = 6 * whitened**2 if whitened else 3
         for number, width in enumerate(widths, start=1):
@@ -158,22 +156,17 @@ def whiten(layer: Whitening, x: Tensor, eps: float = 5e-4) -> None:
 
 
 def begin_as_identity(model: CustomCNN) -> None:
-    """Lets every convolution and hidden linear layer pass its first inputs through (dirac).
+    """Lets convolutions pass their first inputs through (dirac) and residual layers add nothing.
 
-    The whitened image reaches the deepest layer at once; outputs beyond the number of inputs keep
-    their random weights. Residual layers begin by adding nothing.
+    So the whitened image reaches the classifier at once; outputs beyond the number of inputs keep
+    their random weights.
     """
-    convs = (module for module in model.features if isinstance(module, nn.Conv2d))
-    *hidden, last = (module for module in model.head.modules() if isinstance(module, nn.Linear))
     with torch.no_grad():
-        for conv in convs:
+        for conv in (module for module in model.features if isinstance(module, nn.Conv2d)):
             nn.init.dirac_(conv.weight[: conv.in_channels])
         if isinstance(model.head[0], Residual):
-            nn.init.zeros_(hidden[1].weight)
-            nn.init.normal_(last.weight, std=1 / last.in_features)
-            return
-        for linear in hidden:
-            nn.init.eye_(linear.weight[: linear.in_features])
+            nn.init.zeros_(model.head[0][-1].weight)
+            nn.init.normal_(model.head[-1].weight, std=1 / model.head[-1].in_features)
 
 
 def fix_batchnorm_scales(model: nn.Module) -> None:
@@ -204,11 +197,3 @@ def create_model(arch: str, surgery: dict[str, Any], num_classes: int) -> nn.Mod
     except (TypeError, LookupError, ValueError, RuntimeError) as error:
         raise ValueError(f"settings {surgery} do not fit architecture {arch}: {error}") from error
     raise ValueError(f"architecture {arch!r} is unknown: choose custom_cnn or {', '.join(ARCHS)}")
-
-
-def num_parameters(model: nn.Module) -> dict[str, int]:
-    """Counts parameters: all of them, and those that train."""
-    return {
-        "total": sum(p.numel() for p in model.parameters()),
-        "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
-    }

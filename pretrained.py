@@ -129,24 +129,20 @@ class OperatedNetwork(nn.Module):
         A file may also hold the trunk alone; layers before the new one then keep random weights.
 
         Raises:
-            ValueError: another tensor is missing, has another shape or does not belong here.
+            ValueError: another tensor is missing or does not belong here.
+            RuntimeError: one has another shape.
         """
         head = self.row.head + "."
         top = head.split(".")[0] + "."
         if not any(key.startswith(top) for key in state):
             head = top
-        own = {k: v for k, v in self.network.state_dict().items() if not k.startswith(head)}
-        given = {k: v for k, v in state.items() if not k.startswith(head)}
-        # Files from before 2017 lack the counters, which nothing here reads.
-        missing = [k for k in own if k not in given and not k.endswith("num_batches_tracked")]
-        for kind, keys in (("lack", missing), ("hold the unknown", sorted(given.keys() - own))):
+        given = {key: value for key, value in state.items() if not key.startswith(head)}
+        missing, unknown = self.network.load_state_dict(given, strict=False)
+        # Files from before 2017 lack BatchNorm's counters, which nothing here reads.
+        missing = [k for k in missing if not (k.startswith(head) or k.endswith("batches_tracked"))]
+        for kind, keys in (("lack", missing), ("hold the unknown", unknown)):
             if keys:
                 raise ValueError(f"the weights {kind} {keys[0]!r} ({len(keys)} such tensors)")
-        for key, value in given.items():
-            if value.shape != own[key].shape:
-                shapes = f"{tuple(value.shape)}, needed is {tuple(own[key].shape)}"
-                raise ValueError(f"the weights' {key!r} has shape {shapes}")
-        self.network.load_state_dict(given, strict=False)
 
 
 def freeze(model: OperatedNetwork, unfreeze: str) -> tuple[nn.Sequential | None, nn.Sequential]:

@@ -59,11 +59,10 @@ def train(settings: CustomSettings, command: str) -> None:
     """Trains one network and leaves its checkpoint, numbers and pictures."""
     # Not at the top: --help is to answer, and Ctrl-C to be heeded, before torch is loaded.
     import engine
-    import processes
     from data import inputs
-    from device import compile_or_not, repeatable, select_device
     from optimizers import make_optimizer, parameter_groups
-    from runs import loading, records, reports
+    from runs import loading, processes, records, reports
+    from runs.device import compile_or_not, repeatable, select_device
     from runs.training import Training
 
     repeatable()

@@ -22,8 +22,8 @@ import metrics
 import models
 from benchmarks import common
 from data import Splits, make_splits
-from device import now
 from runs import recipes, reports
+from runs.device import now
 from sources.cifar10 import cifar10
 from storage.files import write_atomically
 
@@ -52,6 +52,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no translation": {"translate": 0},
     "no cutout": {"cutout": 0},
     "patches as they are, not whitened": {"without": "whiten"},
+    "no bias after the whitening": {"traits": {"biased": False}},
+    "linear layers that replace the features": {"traits": {"residual": False}},
+    "head 256 wide": {"traits": {"hidden": (256, 128)}},
     "random start": {"without": "begin_as_identity"},
     "BatchNorm scales that train": {"without": "fix_batchnorm_scales"},
     "ReLU instead of GELU": {"traits": {"activation": "relu"}},

@@ -25,9 +25,9 @@ import engine
 import finetune
 import train_custom
 from data import ChannelStats, Split, Splits, TrainBatches
-from device import choose_precision, compile_or_not, now, repeatable, select_device
 from optimizers import make_optimizer, parameter_groups
 from runs import commandline, loading, records
+from runs.device import choose_precision, compile_or_not, now, repeatable, select_device
 from runs.settings import CustomSettings, FineTuneSettings, Settings
 from storage.files import write_json
 

@@ -16,7 +16,7 @@ import torch
 
 import train_custom
 from benchmarks import common
-from device import choose_precision
+from runs.device import choose_precision
 
 
 def load() -> None:

@@ -23,8 +23,8 @@ import torch
 
 import train_custom
 from benchmarks import common
-from device import now
 from models import create_model
+from runs.device import now
 from runs.recipes import BY_RECIPE
 from runs.settings import sizes
 

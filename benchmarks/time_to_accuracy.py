@@ -22,9 +22,9 @@ import torch
 import metrics
 import train_custom
 from benchmarks import common
-from device import now
 from models import create_model
 from runs import recipes, reports
+from runs.device import now
 from storage.files import write_atomically
 
 TARGETS = (0.8726, 0.90, 0.93, 0.94, 0.95, 0.96)  # the first is what the original project ended at

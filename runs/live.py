@@ -4,8 +4,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import processes
-from runs import page
+from runs import page, processes
 from runs.run import Run
 
 MOST_POINTS = 300  # of the loss by step; beyond, every second one goes

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 
-import processes
 from data import Augmentation, Splits, TrainBatches, make_splits
-from device import choose_precision
 from errors import UnusableInput, printable
+from runs import processes
+from runs.device import choose_precision
 from runs.settings import Settings, sizes
 from storage import checkpoint
 from storage.files import sha256

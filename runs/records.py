@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-import processes
 from data import Splits
 from errors import UnusableInput
-from models import num_parameters
+from runs import processes
 from runs.recipes import changed
 from runs.run import Run
 from runs.settings import Settings
@@ -82,6 +81,14 @@ def revision() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip() or None
+
+
+def num_parameters(model: nn.Module) -> dict[str, int]:
+    """Counts parameters: all of them, and those that train."""
+    return {
+        "total": sum(p.numel() for p in model.parameters()),
+        "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
+    }
 
 
 @processes.agreed()

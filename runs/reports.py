@@ -14,12 +14,11 @@ from torch import Tensor, nn
 
 import data
 import metrics
-import processes
 from data import ChannelStats, Split, Splits, TrainBatches
 from engine import predict
 from errors import printable
 from models import Whitening
-from runs import commandline, tables
+from runs import commandline, processes, tables
 from runs.history import TIMINGS
 from runs.live import best_effort
 from runs.records import REPEATED, hardware

@@ -63,7 +63,7 @@ def claim(settings: Settings, default_name: str, command: str) -> Iterator[Run]:
             not given, or was started with other settings.
         AlreadyFinished: the run to resume has finished.
     """
-    import processes  # and torch, which --help need not wait for
+    from runs import processes  # and torch, which --help need not wait for
 
     with ExitStack() as stack:
         outcome = None

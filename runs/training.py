@@ -13,12 +13,11 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-import processes
 from data import TrainBatches
-from device import now, rng_state, set_rng_state
 from engine import Progress
 from errors import Stopped
-from runs import history, records, signals
+from runs import history, processes, records, signals
+from runs.device import now, rng_state, set_rng_state
 from runs.live import Live
 from runs.run import Run, resume_command
 from runs.settings import Settings

@@ -12,11 +12,10 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
-import device
 import engine
 import models
-import processes
 from optimizers import make_optimizer, parameter_groups
+from runs import device, processes
 from storage.checkpoint import digest
 
 CPU = torch.device("cpu")

@@ -22,12 +22,10 @@ from torch import nn
 import data
 import engine
 import evaluate
-import features
 import models
-import processes
 import train_custom
 from optimizers import make_optimizer, parameter_groups
-from runs import reports
+from runs import features, processes, reports
 from sources import cifar10
 from storage import checkpoint
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import processes
-from data import ChannelStats, Draws, TrainBatches, inputs, send
-from device import available_memory
+from data import ChannelStats, Draws, Splits, TrainBatches, inputs, send
 from engine import forward
+from runs import processes
+from storage.memory import available_memory
 
 
 @torch.inference_mode()
@@ -113,6 +113,29 @@ class FeatureBatches(TrainBatches):
         device = self.split.labels.device
         x = _to(self.features[draws.chosen // self.part[1], draws.flipped.long()], device)
         return x, self.split.labels[send(draws.chosen, device)]
+
+
+def of_trunk(
+    trunk: nn.Module, batches: TrainBatches, splits: Splits, precision: str, scratch: Path
+) -> tuple[FeatureBatches, Tensor | None]:
+    """Batches of a frozen trunk's output, and that output of this process's validation images.
+
+    Args:
+        trunk: see `compute_features`.
+        batches: in whose order, and with whose flips.
+        splits: the images.
+        precision: see `compute_features`.
+        scratch: see `compute_features`.
+    """
+    options = splits.stats, batches.side, precision, scratch
+    mirrored = batches.augmentation.flip != "none"
+    mine = splits.train.images[processes.RANK :: processes.SIZE]
+    features = compute_features(trunk, mine, *options, mirrored=mirrored)
+    judged = None
+    if splits.val:
+        own = processes.own(splits.val.images)
+        judged = compute_features(trunk, own, *options, mirrored=False)
+    return FeatureBatches(batches, features), judged
 
 
 def feature_inputs(features: Tensor, device: torch.device) -> Iterator[Tensor]:

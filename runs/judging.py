@@ -1,0 +1,116 @@
+"""A saved network on its test images, and the files that say how it did."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from data import ChannelStats, Split, Splits
+from errors import UnusableInput, printable
+from runs import history, page, processes, records, reports
+from runs.live import best_effort
+from storage.files import read_json, sha256, write_json
+
+
+def test_split(
+    saved: dict[str, Any], data_dir: Path, place: Path | None, device: torch.device
+) -> Splits:
+    """The test images a checkpoint is to be judged on, with its classes and statistics.
+
+    Args:
+        saved: what the checkpoint says of itself.
+        data_dir: where CIFAR-10 is kept.
+        place: where the pictures it was trained on lie now; None for where they lay.
+        device: where the tensors are put.
+
+    Raises:
+        UnusableInput: they are not there, or no longer those of the training.
+    """
+    from sources.cifar10 import cifar10
+
+    if folder := saved["config"].get("pictures"):
+        from sources import pictures
+
+        shares = {key: saved["config"][key] for key in ("val_fraction", "seed")}
+        place, side = place or Path(folder), saved["data"]["image_shape"][0]
+        arrays, source = pictures.folder(place, side, **shares)
+        drawn = [{k: of.get(k) for k in ("per_class", "splits")} for of in (source, saved["data"])]
+        if drawn[0] != drawn[1]:  # what is drawn anew could hold images it was trained on
+            raise UnusableInput(
+                f"{printable(place)} has changed since {saved['name']} was trained on it: restore "
+                "it, or name with --pictures where it lies as it was"
+            )
+    else:
+        arrays = cifar10(data_dir)
+    if list(arrays.classes) != saved["classes"]:
+        raise UnusableInput(
+            f"{saved['name']} knows other classes than {printable(folder or 'CIFAR-10')}: name the "
+            "pictures it was trained on with --pictures"
+        )
+    limit = saved["config"].get("limit")  # a smoke run is judged on what it was meant for
+    images = torch.from_numpy(arrays.test_images[:limit]).to(device)
+    labels = torch.from_numpy(arrays.test_labels[:limit].astype("int64")).to(device)
+    stats = ChannelStats(tuple(saved["mean"]), tuple(saved["std"]))
+    return Splits(arrays.classes, stats, None, None, Split(images, labels))
+
+
+def judge(
+    path: Path,
+    model: nn.Module,
+    saved: dict[str, Any],
+    device: torch.device,
+    *,
+    results_dir: Path,
+    data_dir: Path,
+    pictures: Path | None = None,
+    predictions: Path | None = None,
+    tta: str = "none",
+    batch_size: int = 250,
+) -> None:
+    """Evaluates a checkpoint on the test set; writes its test.json, pictures and page.
+
+    Args:
+        path: the checkpoint.
+        model: its network, on the device.
+        saved: what else it holds.
+        device: the model's.
+        results_dir: where the run's folder is.
+        data_dir: see `test_split`.
+        pictures: see `test_split`.
+        predictions: a CSV to write, a row for each test image.
+        tta: see `engine.views`.
+        batch_size: images of 32x32 pixels at a time.
+
+    Raises:
+        UnusableInput: the run's folder holds the results of another checkpoint.
+    """
+    run_dir, digest = results_dir / saved["name"], sha256(path)
+    with processes.agreed():
+        earlier = processes.from_first(read_json(run_dir / "test.json"))
+        if earlier.get("checkpoint_sha256", digest) != digest:
+            raise UnusableInput(
+                f"{run_dir}/ holds the results of another checkpoint than {printable(path)}: give "
+                "--results-dir"
+            )
+        splits = test_split(saved, data_dir, pictures, device)
+    temperature = saved["metrics"].get("temperature")
+    side = saved.get("image_size", 32)
+    report, logits = reports.judge(model, splits, side, temperature, tta, batch_size)
+    if processes.RANK:
+        return
+    report |= {"name": saved["name"], "checkpoint_sha256": digest}
+    if report["top1_tta"] is None:
+        report |= {key: earlier[key] for key in ("tta", "top1_tta") if key in earlier}
+    if not (run_dir / "config.json").exists():
+        write_json(run_dir / "config.json", {k: saved[k] for k in records.REPEATED if k in saved})
+    write_json(run_dir / "test.json", report)
+    if predictions:
+        reports.write_predictions(predictions, splits, logits, temperature)
+    print(f"{printable(path)}\n{reports.summary(report)}\n", flush=True)
+    rows = history.read(run_dir / "history.csv")
+    reports.draw(run_dir, saved, model, splits, logits, temperature, rows)
+    content = {**saved, "status": "finished", "updated": time.time()}
+    content |= {"history": rows, "report": report}
+    best_effort(lambda path: page.write(path, content), run_dir)
