@@ -71,7 +71,7 @@ def evaluate(args: argparse.Namespace) -> None:
     from runs import processes, tables
     from runs.classify import classify
     from runs.device import select_device
-    from runs.judging import judge
+    from runs.judging import judge_checkpoint
     from storage import checkpoint
 
     problems = []
@@ -85,7 +85,7 @@ def evaluate(args: argparse.Namespace) -> None:
                         print(f"{printable(path)}:")
                     classify(model, saved, args.predict, device, args.tta or "flip", args.figure)
                 else:
-                    judge(
+                    judge_checkpoint(
                         *(path, model, saved, device),
                         results_dir=args.results_dir,
                         data_dir=args.data_dir,

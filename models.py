@@ -54,7 +54,7 @@ class CustomCNN(nn.Module):
         widths: output channels of the six convolutions.
         pool_after: the convolutions, counted from 1, that a 2x2 max-pool follows (before BatchNorm,
             so that normalisation and activation see a quarter of the values).
-        hidden: widths of the first two linear layers.
+        hidden: widths of the first two linear layers; with `residual` the first alone counts.
         num_classes: width of the third.
         activation: "relu" or "gelu".
         whitened: side of the patches that a fixed layer, with an activation of its own, whitens
@@ -117,8 +117,8 @@ _EARLY = {
 NETWORKS: dict[str, dict[str, Any]] = {
     "tutorial": {},  # 39 million multiplications an image of 32x32
     "slim": {"widths": (64, 64, 256, 256, 256, 256), **_EARLY},  # 118 million
-    "wide": {"widths": (64, 64, 256, 256, 384, 512), **_EARLY},  # 143 million
-    "widest": {"widths": (128, 128, 512, 512, 1024, 1024), **_EARLY},  # 625 million
+    "wide": {"widths": (64, 64, 256, 256, 384, 512), **_EARLY},  # 144 million
+    "widest": {"widths": (128, 128, 512, 512, 1024, 1024), **_EARLY},  # 626 million
 }
 
 

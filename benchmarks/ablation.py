@@ -5,6 +5,7 @@ never read. The same seeds everywhere, so that the order and (where it can be) t
 equal; splits do not depend on the seed. A change that changes nothing in a recipe is left out.
 """
 
+import inspect
 import statistics
 import sys
 from argparse import Namespace
@@ -53,7 +54,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no cutout": {"cutout": 0},
     "patches as they are, not whitened": {"without": "whiten"},
     "no bias after the whitening": {"traits": {"biased": False}},
-    "linear layers that replace the features": {"traits": {"residual": False}},
+    "linear layers that replace the features, random start": {"traits": {"residual": False}},
     "head 256 wide": {"traits": {"hidden": (256, 128)}},
     "random start": {"without": "begin_as_identity"},
     "BatchNorm scales that train": {"without": "fix_batchnorm_scales"},
@@ -94,7 +95,10 @@ def train(variant: str, seed: int, splits: Splits, args: Namespace) -> dict[str,
     averaging = change.pop("averaging", None)
     settings = replace(usual, **change)
     network = models.NETWORKS[settings.network]
-    if (change and settings == usual) or (without and "whitened" not in network):
+    built = {k: v.default for k, v in inspect.signature(models.CustomCNN).parameters.items()}
+    built |= network
+    alike = (change and settings == usual) or (traits and built | traits == built)
+    if alike or (without and "whitened" not in network):
         return None
     with ExitStack() as stack:
         if without:

@@ -40,9 +40,9 @@ SIDES = {
     "2 processes, 1 thread each": (2, 1),
     "2 processes, own BatchNorm": (2, 1, "--own-batchnorm"),
 }
-# A step of `modern` that Python launches trains 42,000 images/s on an H200; by modules called.
+# On an H200 a step of 256 images that Python launches trains 42,000 a second; by modules called.
 LAUNCH = 256 / 42_000 / 31
-BEST = 59_300  # images/s of `best` on an H200, images of 32x32 pixels, beside another training
+BEST = 59_300  # images/s of `best`, batch 500, 32 pixels, on an H200 beside another training
 GPUS = 1, 2, 4, 8, 16, 32, 64  # eight to a machine
 LATENCY = 20e-6  # of an exchange, seconds
 

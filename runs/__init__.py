@@ -1,1 +1,1 @@
-"""One run: its settings, name, files, signals, history and reports."""
+"""One run: its settings, device, processes, files, signals, history, reports and judging."""

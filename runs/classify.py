@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import nn
 
-import figures
 from data import ChannelStats, Split
 from errors import UnusableInput, printable
 from runs import reports
@@ -21,8 +20,8 @@ def classify(
     saved: dict[str, Any],
     paths: list[Path],
     device: torch.device,
-    tta: str = "flip",
-    figure: Path | None = None,
+    tta: str,
+    figure: Path | None,
 ) -> None:
     """Prints the three likeliest classes of each picture, and draws them where asked.
 
@@ -69,6 +68,8 @@ def classify(
         if figure and len(shown) < MOST_DRAWN:
             shown.append((name, pictures.load(file, 224), seen, likely))
     if figure and shown:
+        import figures  # matplotlib takes half a second
+
         figures.predictions(shown, figure, saved["name"])
         print(f"drawn in {printable(figure)}: {len(shown)} of {len(files)}")
     if unreadable:

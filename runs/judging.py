@@ -28,8 +28,6 @@ def test_split(
     Raises:
         UnusableInput: they are not there, or no longer those of the training.
     """
-    from sources.cifar10 import cifar10
-
     if folder := saved["config"].get("pictures"):
         from sources import pictures
 
@@ -43,6 +41,8 @@ def test_split(
                 "it, or name with --pictures where it lies as it was"
             )
     else:
+        from sources.cifar10 import cifar10
+
         arrays = cifar10(data_dir)
     if list(arrays.classes) != saved["classes"]:
         raise UnusableInput(
@@ -56,7 +56,7 @@ def test_split(
     return Splits(arrays.classes, stats, None, None, Split(images, labels))
 
 
-def judge(
+def judge_checkpoint(
     path: Path,
     model: nn.Module,
     saved: dict[str, Any],
@@ -64,10 +64,10 @@ def judge(
     *,
     results_dir: Path,
     data_dir: Path,
-    pictures: Path | None = None,
-    predictions: Path | None = None,
-    tta: str = "none",
-    batch_size: int = 250,
+    pictures: Path | None,
+    predictions: Path | None,
+    tta: str,
+    batch_size: int,
 ) -> None:
     """Evaluates a checkpoint on the test set; writes its test.json, pictures and page.
 

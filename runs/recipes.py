@@ -53,8 +53,8 @@ BY_NETWORK = {
 }
 # What changes with the part that trains: moved images have no output that could be kept.
 BY_PART: dict[str, dict[str, Any]] = {
-    "head": {"epochs": 10, "translate": 0, "small_first": ""},
-    "last": {"epochs": 5, "translate": 0, "small_first": ""},
+    "head": {"epochs": 10, "lr": 1e-3, "translate": 0, "small_first": ""},
+    "last": {"epochs": 5, "lr": 1e-3, "translate": 0, "small_first": ""},
     "all": _WHOLE,
 }
 # Nothing to keep, more to learn.
@@ -63,8 +63,10 @@ FROM_SCRATCH: dict[str, Any] = {"unfreeze": "all", "stage_lr_scale": 1.0, "epoch
 
 def custom(given: dict[str, Any]) -> CustomSettings:
     """The settings of a training from scratch: what was given, over the recipe's defaults."""
-    recipe = given.get("recipe", CustomSettings.recipe)
-    return CustomSettings(**_named(BY_RECIPE, recipe) | given)
+    defaults = _named(BY_RECIPE, given.get("recipe", CustomSettings.recipe))
+    if given.get("image_size", 32) != 32:  # the small sides are for that one
+        defaults["small_first"] = ""
+    return CustomSettings(**defaults | given)
 
 
 def finetune(given: dict[str, Any]) -> FineTuneSettings:
@@ -80,6 +82,8 @@ def finetune(given: dict[str, Any]) -> FineTuneSettings:
     part = given.get("unfreeze", defaults["unfreeze"])
     if part != usual:
         defaults |= BY_PART.get(part, {})
+    if given.get("image_size", defaults["image_size"]) != defaults["image_size"]:
+        defaults["small_first"] = ""  # its sides are for the other one
     chosen = FineTuneSettings(**defaults | given)
     if chosen.cached and (chosen.translate or chosen.cutout or chosen.small_first):
         raise UnusableInput(

@@ -1,1 +1,1 @@
-"""Checkpoints and other files: written so that no crash loses them, read without running them."""
+"""Files written so that no crash loses them, read without running them; and what memory is left."""
