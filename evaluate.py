@@ -83,7 +83,7 @@ def evaluate(args: argparse.Namespace) -> None:
                 if args.predict:
                     if len(args.checkpoints) > 1:
                         print(f"{printable(path)}:")
-                    classify(model, saved, args.predict, device, args.tta or "flip", args.figure)
+                    classify(model, saved, args.predict, args.tta or "flip", args.figure)
                 else:
                     judge_checkpoint(
                         *(path, model, saved, device),

@@ -19,7 +19,6 @@ def classify(
     model: nn.Module,
     saved: dict[str, Any],
     paths: list[Path],
-    device: torch.device,
     tta: str,
     figure: Path | None,
 ) -> None:
@@ -29,7 +28,6 @@ def classify(
         model: on its device.
         saved: what its checkpoint says of it.
         paths: pictures, and folders that are searched for them.
-        device: the model's.
         tta: see `engine.views`.
         figure: the PNG to draw them into.
 
@@ -44,6 +42,7 @@ def classify(
     if len(set(names)) < len(names):
         names = [printable(file) for file in files]
     width, unreadable, shown = min(max(map(len, names)), 40), 0, []
+    device = next(model.parameters()).device
     stats = ChannelStats(tuple(saved["mean"]), tuple(saved["std"]))
     side = saved.get("image_size", 32)
     seen_side = saved.get("data", {}).get("image_shape", [32])[0]

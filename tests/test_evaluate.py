@@ -10,7 +10,9 @@ from PIL import Image
 
 import data
 import metrics
+import models
 from engine import predict
+from runs import recipes
 from storage import checkpoint
 from storage.files import write_json
 
@@ -154,6 +156,8 @@ def test_the_checkpoint_that_comes_with_the_repository_knows_real_images(sample)
     model, saved = checkpoint.load_model(path)
     assert saved["name"] == path.stem  # of its reference run, so that a user's first is no twin
     assert (ROOT / "results/reference" / path.stem / "test.json").exists()
+    # `train_custom.py --weights` goes on from it.
+    assert models.NETWORKS[recipes.custom({}).network].items() <= saved["surgery"].items()
     stats = data.ChannelStats(tuple(saved["mean"]), tuple(saved["std"]))
     logits, _ = predict(model, data.inputs(torch.from_numpy(sample["test_images"]), stats, 32))
     assert metrics.top1(logits, torch.from_numpy(sample["test_labels"]).long()) > 0.9
