@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 
 EXAMPLES = """\
 examples:
-  python train_custom.py                           the default recipe
-  python train_custom.py --recipe speedrun         in a hurry
-  python train_custom.py --limit 2000 --epochs 2   a try that takes a minute
+  python train_custom.py                       the default recipe
+  python train_custom.py --recipe speedrun     in a hurry
+  python train_custom.py --recipe classic --limit 2000 --epochs 5   a quick try
 
 Weights go to checkpoints/NAME.pt, numbers and pictures to results/NAME/, with a
 page to watch the training on. Ctrl-C stops it; the same command with --resume
