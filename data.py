@@ -80,26 +80,20 @@ def make_splits(
 
 
 def stratified_split(
-    labels: np.ndarray, val_fraction: float, seed: int
+    labels: np.ndarray, fraction: float, seed: int, at_least: int = 0, leave: int = 1
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Splits indices 0..N-1 into training and validation, class by class; both come out sorted.
+    """Takes images away from each class; gives the indices that stay and those taken, sorted.
 
-    Args:
-        labels: (N,) integers.
-        val_fraction: in [0, 1); every class gives `round(val_fraction * its size)` images, but
-            keeps one to train on.
-        seed: chooses which.
-
-    Returns:
-        Indices of the training and of the validation images, int64.
+    Of a class `round(fraction * its size)` images go, chosen by `seed`: not fewer than `at_least`,
+    and so few that `leave` stay. `labels` are (N,) integers.
     """
-    rng = np.random.default_rng(seed)
-    val = [
-        rng.permutation(members)[: min(round(val_fraction * len(members)), len(members) - 1)]
-        for members in (np.flatnonzero(labels == label) for label in np.unique(labels))
-    ]
-    val = np.sort(np.concatenate(val))
-    return np.setdiff1d(np.arange(len(labels)), val, assume_unique=True), val
+    rng, taken = np.random.default_rng(seed), []
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        count = min(max(round(fraction * len(members)), at_least), len(members) - leave)
+        taken.append(rng.permutation(members)[:count])
+    taken = np.sort(np.concatenate(taken))
+    return np.setdiff1d(np.arange(len(labels)), taken, assume_unique=True), taken
 
 
 def channel_stats(images: np.ndarray) -> ChannelStats:
@@ -109,17 +103,12 @@ def channel_stats(images: np.ndarray) -> ChannelStats:
     The deviation is that of all pixels, not the mean of per-image deviations (0.2023, ...) that
     many repositories copy from each other.
     """
-    mean, std = [], []
-    for channel in range(3):
-        values = torch.from_numpy(images[..., channel].ravel())
-        counts = torch.bincount(values, minlength=256).tolist()
-        first, second = (
-            sum(count * value**power for value, count in enumerate(counts)) / len(values)
-            for power in (1, 2)
-        )
-        mean.append(first / 255)
-        std.append(max(second - first**2, 1e-4) ** 0.5 / 255)  # one flat colour: no division by 0
-    return ChannelStats(tuple(mean), tuple(std))
+    pixels, values = torch.from_numpy(images).reshape(-1, 3), torch.arange(256)
+    counts = torch.stack([torch.bincount(channel, minlength=256) for channel in pixels.T])
+    sums = ((counts * values**power).sum(1).double() for power in (1, 2))
+    mean, squares = (total / len(pixels) for total in sums)
+    std = (squares - mean**2).clamp(min=1e-4).sqrt()  # one flat colour: no division by 0
+    return ChannelStats(*(tuple((value / 255).tolist()) for value in (mean, std)))
 
 
 def normalize(images: Tensor, stats: ChannelStats) -> Tensor:
@@ -258,14 +247,10 @@ class TrainBatches:
 
     def share_done(self, epoch: int, step: int) -> float:
         """Share of the training's operations that lie before a step; large images take more."""
+        ends, sides = zip(*self.small_first, (1.0, self.side), strict=True)
 
         def work(steps: float) -> float:
-            ends = [(share, side) for share, side in self.small_first] + [(1.0, self.side)]
-            total, begin = 0.0, 0.0
-            for end, side in ends:
-                total += max(min(end, steps) - begin, 0) * side**2
-                begin = end
-            return total
+            return float(np.diff(np.minimum((0.0, *ends), steps)) @ np.square(sides))
 
         return work((epoch + step / self.num_steps) / self.num_epochs) / work(1)
 

@@ -7,6 +7,10 @@ class UnusableInput(Exception):
     """What the user gave cannot be used; the message says the value, the rule and the remedy."""
 
 
+class AlreadyFinished(UnusableInput):
+    """`--resume` names a run that needs nothing more."""
+
+
 class Stopped(BaseException):  # no `except Exception` may swallow a signal
     """A signal asked the run to stop; the message says what was kept and how to go on."""
 

@@ -98,10 +98,12 @@ def train(settings: FineTuneSettings, command: str) -> None:
         reports.draw_batch(claimed, batches, splits)
         precision = loading.settle_precision(settings, model, batches, claimed.state)
         described = records.describe(
-            *(claimed, settings, model, splits, precision, batches.side, source),
+            *(claimed, settings, model, splits, precision),
             arch=settings.arch,
             surgery=surgery,
+            image_size=batches.side,
             start_weights=weights,
+            data=source,
         )
 
         begun, trained, judged = now(device), model, None
@@ -121,7 +123,7 @@ def train(settings: FineTuneSettings, command: str) -> None:
             *(claimed, settings, trained, optimizer, batches, precision, described),
             seconds_before=now(device) - begun,
         )
-        history = training.follow(
+        training.follow(
             engine.train(
                 *(network, optimizer, batches),
                 precision=precision,
@@ -130,12 +132,14 @@ def train(settings: FineTuneSettings, command: str) -> None:
             ),
             validate if splits.val else None,
         )
-        reports.finish(training, model, splits, history, tta="flip")
+        reports.finish(training, model, splits, tta="flip")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the script; returns its exit code."""
-    return run.main("finetune.py", argv, parse, train)
+    return commandline.exit_code(
+        lambda: train(parse(argv), commandline.command("finetune.py", argv))
+    )
 
 
 if __name__ == "__main__":

@@ -22,10 +22,8 @@ class Whitening(nn.Module):
     def __init__(self, side: int, biased: bool = False):
         super().__init__()
         # Both signs of each direction: the activation that follows would lose half of one.
-        filters = torch.zeros(2, 3 * side**2, 3 * side**2)
-        for sign, directions in zip((1, -1), filters, strict=True):
-            directions.fill_diagonal_(sign)
-        self.register_buffer("filters", filters.reshape(-1, 3, side, side))
+        filters = torch.eye(3 * side**2).reshape(-1, 3, side, side)
+        self.register_buffer("filters", torch.cat([filters, -filters]))
         self.bias = nn.Parameter(torch.zeros(6 * side**2)) if biased else None
 
     def forward(self, x: Tensor) -> Tensor:

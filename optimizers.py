@@ -126,20 +126,16 @@ class Muon(torch.optim.Optimizer):
                 before.copy_(torch.where(skip, before, momentum))
 
 
-def orthogonalize(matrix: Tensor, steps: int = 3) -> Tensor:
-    """Brings the singular values of a matrix towards 1 and keeps its singular vectors.
+def orthogonalize(matrix: Tensor) -> Tensor:
+    """Brings the singular values of a matrix (M, N) towards 1 and keeps its singular vectors.
 
     Newton-Schulz iteration of Jordan's quintic, which is steep at 0: after three steps all but the
     smallest values lie between 0.7 and 1.2 or so, which is as good as 1 here.
-
-    Args:
-        matrix: (M, N), of the dtype to compute in.
-        steps: of the iteration.
     """
     if matrix.shape[0] > matrix.shape[1]:
-        return orthogonalize(matrix.T, steps).T
+        return orthogonalize(matrix.T).T
     x = matrix / (matrix.norm() + 1e-7)
-    for _ in range(steps):
+    for _ in range(3):
         square = x @ x.T
         x = 3.4445 * x + (-4.775 * square + 2.0315 * square @ square) @ x
     return x

@@ -10,24 +10,20 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Architecture:
-    """A row of `ARCHS`: one pretrained network and what is done to it.
+    """A row of `ARCHS`: a pretrained network, by torchvision's name, and what is done to it.
 
     Attributes:
-        build: torchvision's function.
         head: the module that is replaced by a new classifier; its input is `features` wide.
         features: see `head`.
         stages: the trunk from input to output, each stage as its modules' names in order; what
             follows the last of them, pooling and classifier, is the head stage.
-        tail: the modules between the last stage and the end, with "flatten" for the reshaping.
         edits: modules to replace, by name.
         opened: attributes to set where the early strides are opened for 32x32 input.
     """
 
-    build: Callable[..., nn.Module]
     head: str
     features: int
     stages: Mapping[str, tuple[str, ...]]
-    tail: tuple[str, ...]
     edits: Mapping[str, Callable[[], nn.Module]] = field(default_factory=dict)
     opened: Mapping[str, Any] = field(default_factory=dict)
 
@@ -42,26 +38,22 @@ _RESNET = {
         "stem": ("conv1", "bn1", "relu", "maxpool"),
         **{f"layer{number}": (f"layer{number}",) for number in range(1, 5)},
     },
-    "tail": ("avgpool", "flatten", "fc"),
     "opened": {"conv1.stride": (1, 1), "maxpool": nn.Identity()},
 }
 WEIGHTS = "IMAGENET1K_V1"  # of torchvision, for every row below
 ARCHS = {
     "vgg19": Architecture(
-        torchvision.models.vgg19,
         head="classifier",  # three layers for 7x7 maps, which small pictures do not leave
         features=512,
         stages={
             f"block{number}": _span("features", *span)
             for number, span in enumerate(((0, 5), (5, 10), (10, 19), (19, 28), (28, 37)), 1)
         },
-        tail=("avgpool", "flatten", "classifier"),
         edits={"features.36": nn.Identity, "avgpool": lambda: nn.AdaptiveAvgPool2d(1)},
     ),
-    "resnet18": Architecture(torchvision.models.resnet18, features=512, **_RESNET),
-    "resnet50": Architecture(torchvision.models.resnet50, features=2048, **_RESNET),
+    "resnet18": Architecture(features=512, **_RESNET),
+    "resnet50": Architecture(features=2048, **_RESNET),
     "mobilenet_v3_small": Architecture(
-        torchvision.models.mobilenet_v3_small,
         head="classifier.3",
         features=1024,
         stages={
@@ -71,7 +63,6 @@ ARCHS = {
             "blocks4": _span("features", 4, 9),
             "blocks2": _span("features", 9, 13),
         },
-        tail=("avgpool", "flatten", "classifier"),
         edits={"classifier.2": nn.Identity},  # its dropout; ours stands before the last layer too
         opened={"features.0.0.stride": (1, 1), "features.1.block.0.0.stride": (1, 1)},
     ),
@@ -101,7 +92,7 @@ class OperatedNetwork(nn.Module):
         if not 16 <= image_size <= 512:
             raise ValueError(f"image size {image_size}: must be 16 to 512 pixels")
         self.row = ARCHS[arch]
-        self.network = self.row.build(weights=None)
+        self.network = torchvision.models.get_model(arch, weights=None)
         for name, make in self.row.edits.items():
             self.network.set_submodule(name, make())
         for name, value in self.row.opened.items() if open_stem else ():
@@ -120,7 +111,7 @@ class OperatedNetwork(nn.Module):
         Applying all of them, one after the other, gives what `forward` gives.
         """
         modules = {**dict(self.network.named_modules()), "flatten": nn.Flatten()}
-        stages = {**self.row.stages, "head": self.row.tail}
+        stages = {**self.row.stages, "head": ("avgpool", "flatten", self.row.head.split(".")[0])}
         return {k: nn.Sequential(*(modules[name] for name in v)) for k, v in stages.items()}
 
     def load_pretrained(self, state: dict[str, Tensor]) -> None:

@@ -88,10 +88,12 @@ def train(settings: CustomSettings, command: str) -> None:
         network = compile_or_not(processes.shared(model), settings.compile, device)
 
         described = records.describe(
-            *(claimed, settings, model, splits, precision, batches.side, source),
+            *(claimed, settings, model, splits, precision),
             arch="custom_cnn",
             surgery=surgery,
+            image_size=batches.side,
             start_weights=weights,
+            data=source,
         )
         training = Training(claimed, settings, model, optimizer, batches, precision, described)
 
@@ -99,7 +101,7 @@ def train(settings: CustomSettings, command: str) -> None:
             images = inputs(processes.own(splits.val.images), splits.stats, batches.side)
             return engine.evaluate(model, images, splits.val.labels, precision)
 
-        history = training.follow(
+        training.follow(
             engine.train(
                 *(network, optimizer, batches),
                 precision=precision,
@@ -108,12 +110,14 @@ def train(settings: CustomSettings, command: str) -> None:
             ),
             validate if splits.val else None,
         )
-        reports.finish(training, model, splits, history, tta="crops")
+        reports.finish(training, model, splits, tta="crops")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the script; returns its exit code."""
-    return run.main("train_custom.py", argv, parse, train)
+    return commandline.exit_code(
+        lambda: train(parse(argv), commandline.command("train_custom.py", argv))
+    )
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ def train(flags: str, args: Namespace) -> list[dict[str, Any]]:
         options += ["--data-dir", str(args.data_dir), "--device", str(args.device)]
         options += ["--checkpoint-dir", folder, "--results-dir", folder, "--val-fraction", "0.1"]
         finetune.train(finetune.parse([*options, *shlex.split(flags)]), "")
-    training, _, _, rows, *_ = finish.call_args.args  # what would judge on the test set is left out
+    training = finish.call_args.args[0]  # what would judge on the test set is left out
     described = training.described
     same = {
         **{"arch": args.arch, "weights": Path(args.weights).name, "flags": flags},
@@ -54,7 +54,7 @@ def train(flags: str, args: Namespace) -> list[dict[str, Any]]:
     }
     return [
         same | {k: row[k] for k in ("epoch", "val_accuracy")} | {"minutes": minutes(row)}
-        for row in rows
+        for row in training.rows
     ]
 
 

@@ -11,12 +11,12 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO, get_args
 
-from errors import Stopped, UnusableInput, printable
+from errors import AlreadyFinished, Stopped, UnusableInput, printable
 from runs import signals
 from runs.settings import GROUPS, flag
 
@@ -46,6 +46,9 @@ def exit_code(script: Callable[[], None]) -> int:
     with _lasting_streams(), signals.handled(stop):
         try:
             script()
+            return 0
+        except AlreadyFinished as done:
+            print(done)
             return 0
         except UnusableInput as error:
             return _fail(error, 2)
@@ -100,38 +103,34 @@ class LastingStream:
 
     def write(self, text: str) -> int:
         """Writes what can be written."""
-        try:
-            self._stream.write(text)
-        except (OSError, ValueError):
-            self._give_up()
+        self._attempt(self._stream.write, text)
         return len(text)
 
     def flush(self) -> None:
         """Flushes what can be flushed."""
-        try:
-            self._stream.flush()
-        except (OSError, ValueError):
-            self._give_up()
+        self._attempt(self._stream.flush)
 
-    def _give_up(self) -> None:
-        # What is left in the buffer would fail once more when Python ends.
-        with suppress(OSError, ValueError, AttributeError):
-            number = self._stream.fileno()
-            with open(os.devnull, "wb") as null:
-                os.dup2(null.fileno(), number)
+    def _attempt(self, action: Callable[..., Any], *arguments: str) -> None:
+        try:
+            action(*arguments)
+        except (OSError, ValueError):
+            # What is left in the buffer would fail once more when Python ends.
+            with suppress(OSError, ValueError, AttributeError):
+                number = self._stream.fileno()
+                with open(os.devnull, "wb") as null:
+                    os.dup2(null.fileno(), number)
 
 
 @contextmanager
 def _lasting_streams() -> Iterator[None]:
-    before = sys.stdout, sys.stderr
-    streams = before if FIRST else (None, None)
+    streams = (sys.stdout, sys.stderr) if FIRST else (None, None)
     with open(os.devnull, "w") as null:
-        sys.stdout, sys.stderr = (LastingStream(null if s is None else s) for s in streams)
-        try:
-            yield
-        finally:
-            sys.stdout.flush()
-            sys.stdout, sys.stderr = before
+        out, err = (LastingStream(null if s is None else s) for s in streams)
+        with redirect_stdout(out), redirect_stderr(err):
+            try:
+                yield
+            finally:
+                out.flush()
 
 
 def typed(script: str, argv: list[str] | None) -> list[str]:
@@ -147,19 +146,20 @@ def typed(script: str, argv: list[str] | None) -> list[str]:
     return [*words, *(sys.argv[1:] if argv is None else argv)]
 
 
-def launcher() -> list[str]:
-    """What stands before the script where torchrun started it; where they meet is not known."""
-    total, here = (int(os.environ.get(f"{of}WORLD_SIZE", 1)) for of in ("", "LOCAL_"))
-    if total == 1:
-        return []
-    meet = f"--nnodes {total // here} --rdzv-backend c10d --rdzv-endpoint HOST:PORT"
-    where = ["--standalone"] if total == here else meet.split()
-    return ["-m", "torch.distributed.run", *where, "--nproc-per-node", str(here)]
-
-
 def quoted(words: list[str]) -> str:
     """A command as the system's shell takes it; cmd and PowerShell know no single quotes."""
     return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
+
+
+def command(script: str, argv: list[str] | None) -> str:
+    """What starts this training again, torchrun included; where machines meet is not known."""
+    python, *rest = typed(script, argv)
+    total, here = (int(os.environ.get(f"{of}WORLD_SIZE", 1)) for of in ("", "LOCAL_"))
+    if total > 1:
+        meet = f"--nnodes {total // here} --rdzv-backend c10d --rdzv-endpoint HOST:PORT"
+        where = "--standalone" if total == here else meet
+        rest = [*f"-m torch.distributed.run {where} --nproc-per-node {here}".split(), *rest]
+    return quoted([python, *rest])
 
 
 class Parser(argparse.ArgumentParser):

@@ -120,12 +120,7 @@ def of_trunk(
 ) -> tuple[FeatureBatches, Tensor | None]:
     """Batches of a frozen trunk's output, and that output of this process's validation images.
 
-    Args:
-        trunk: see `compute_features`.
-        batches: in whose order, and with whose flips.
-        splits: the images.
-        precision: see `compute_features`.
-        scratch: see `compute_features`.
+    Order and flips are those of `batches`; all else is as in `compute_features`.
     """
     options = splits.stats, batches.side, precision, scratch
     mirrored = batches.augmentation.flip != "none"

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from runs import page, processes
@@ -10,20 +11,23 @@ from runs.run import Run
 MOST_POINTS = 300  # of the loss by step; beyond, every second one goes
 
 
+@dataclass
 class Live:
     """What the page of a training shows, gathered while it runs.
 
-    Args:
+    Attributes:
         run: in whose results the page lies.
         described: what `records.describe` returned.
         rows: the history, which grows.
         num_steps: of the whole training.
     """
 
-    def __init__(
-        self, run: Run, described: dict[str, Any], rows: list[dict[str, Any]], num_steps: int
-    ):
-        self.run, self.described, self.rows, self.num_steps = run, described, rows, num_steps
+    run: Run
+    described: dict[str, Any]
+    rows: list[dict[str, Any]]
+    num_steps: int
+
+    def __post_init__(self):
         self.points: list[tuple[int, float, float]] = []  # step, loss (nats), learning rate
         self.before = (0, 0.0, 0.0)  # epoch, its loss and images when a point was last taken
         self.left, self.next_write, self.every, self.step = 0.0, 0.0, 1, 0

@@ -84,29 +84,32 @@ def start_weights(
         return {"source": "random"}
     from sources import imagenet
 
+    path, load = Path(wanted), getattr(model, "load_pretrained", model.load_state_dict)
     if wanted == "imagenet" and arch == "custom_cnn":
         raise UnusableInput("--weights imagenet: there are none of this network; give a file")
     if wanted == "imagenet":
         state, provenance = imagenet.imagenet_weights(arch)
-    elif not Path(wanted).is_file():
+    elif not path.is_file():
         raise UnusableInput(f"--weights {printable(wanted)}: no such file; or imagenet, or none")
-    elif checkpoint.is_checkpoint(Path(wanted)):
-        return _continue_from(Path(wanted), model, arch, classes)
+    elif checkpoint.is_checkpoint(path):
+        state, load = _of_checkpoint(path, model, arch, classes), model.load_state_dict
+        provenance = {"source": "checkpoint", "file": str(path), "sha256": sha256(path)}
     else:
-        state, provenance = imagenet.weights_from_file(Path(wanted))
+        state, provenance = imagenet.weights_from_file(path)
     try:
-        getattr(model, "load_pretrained", model.load_state_dict)(state)
+        load(state)
     except (ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[-1].strip()
         raise UnusableInput(
-            f"--weights {printable(wanted)}: {printable(reason)}; is it a {arch}?"
+            f"--weights {printable(wanted)}: {printable(reason)}; is it a {arch}, built as here?"
         ) from error
     return provenance
 
 
-def _continue_from(
+def _of_checkpoint(
     path: Path, model: nn.Module, arch: str, classes: tuple[str, ...]
-) -> dict[str, str]:
+) -> dict[str, Any]:
+    """Its weights; the last layer stays the model's own where the classes are others."""
     trained, content = checkpoint.load_model(path)
     if content["arch"] != arch:
         raise UnusableInput(f"--weights {printable(path)}: holds a {content['arch']}, not a {arch}")
@@ -114,15 +117,7 @@ def _continue_from(
     if content["classes"] != list(classes):  # its last layer names other things
         last = list(own)[-1].rpartition(".")[0] + "."
         state |= {key: value for key, value in own.items() if key.startswith(last)}
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        reason = str(error).strip().splitlines()[-1].strip()
-        raise UnusableInput(
-            f"--weights {printable(path)}: was built in another way ({reason}); give the settings "
-            "it was trained with"
-        ) from error
-    return {"source": "checkpoint", "file": str(path), "sha256": sha256(path)}
+    return state
 
 
 def settle_precision(

@@ -30,17 +30,10 @@ REPEATED = (
 )
 
 
-# Of the surroundings, what a result depends on.
-ENVIRONMENT = ("device", "hardware", "torch", "threads", "processes")
-
-
 def identity(described: dict[str, Any]) -> dict[str, Any]:
     """What a result depends on besides settings and code."""
-    environment = described["environment"]
-    return {
-        **{key: described[key] for key in ("surgery", "start_weights")},
-        **{key: environment[key] for key in ENVIRONMENT},
-    }
+    keys = ("surgery", "start_weights", "device", "hardware", "torch", "threads", "processes")
+    return {key: (described | described["environment"])[key] for key in keys}
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -93,17 +86,7 @@ def num_parameters(model: nn.Module) -> dict[str, int]:
 
 @processes.agreed()
 def describe(
-    run: Run,
-    settings: Settings,
-    model: nn.Module,
-    splits: Splits,
-    precision: str,
-    side: int,
-    source: dict[str, Any],
-    *,
-    arch: str,
-    surgery: dict[str, Any],
-    start_weights: dict[str, str],
+    run: Run, settings: Settings, model: nn.Module, splits: Splits, precision: str, **more: Any
 ) -> dict[str, Any]:
     """Writes config.json at the start of a run, says what begins, and returns the content.
 
@@ -113,11 +96,8 @@ def describe(
         model: the network, frozen where it is to be.
         splits: what it learns from.
         precision: "fp32" or "bf16".
-        side: of the network's input, pixels.
-        source: where the data come from.
-        arch: "custom_cnn" or a pretrained network's name.
-        surgery: how the network was built.
-        start_weights: where they came from.
+        more: `arch`, `surgery` (how the network was built), `image_size` (of its input, pixels),
+            `start_weights` and `data` (where they came from).
 
     Raises:
         UnusableInput: the run was started with another network, weights or kind of device.
@@ -126,18 +106,14 @@ def describe(
     held = {"train": splits.train, "val": splits.val, "test": splits.test}
     content = {
         "name": run.name,
-        "arch": arch,
-        "surgery": surgery,
-        "image_size": side,
+        **more,
         "command": run.command,
         "config": settings.plain(),
         "changed": changed(settings),
-        "start_weights": start_weights,
         "precision": precision,
         "environment": environment(device),
         "revision": revision(),
         "splits": {name: len(split.labels) if split else 0 for name, split in held.items()},
-        "data": source,
         "parameters": num_parameters(model),
         "date": date.today().isoformat(),
     }

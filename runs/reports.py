@@ -35,9 +35,7 @@ ORIGINAL = {
 }
 
 
-def finish(
-    training: Training, model: nn.Module, splits: Splits, history: list[Row], tta: str
-) -> None:
+def finish(training: Training, model: nn.Module, splits: Splits, tta: str) -> None:
     """Reads the test set once; leaves checkpoint, numbers and pictures, and says where they are.
 
     The pictures come last: one that fails costs a warning and not the run.
@@ -46,10 +44,9 @@ def finish(
         training: through; its state is removed at the end.
         model: the whole network.
         splits: with which statistics.
-        history: what `training.follow` returned.
         tta: test-time augmentation of the second accuracy, see `engine.views`.
     """
-    run = training.run
+    run, history = training.run, training.rows
     described = training.described | {"train_seconds": history[-1]["seconds"]}
     side, temperature = described["image_size"], None
     if splits.val:

@@ -1,17 +1,15 @@
 """One run: its name, its lock, its files, and what it starts or goes on from."""
 
-import glob
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from errors import Stopped, UnusableInput, printable
-from runs import commandline
+from errors import AlreadyFinished, Stopped, UnusableInput, printable
 from runs.settings import HARMLESS, Settings, flag, typed
 from storage.files import holder, locked, previous, read_json
 
@@ -26,28 +24,6 @@ class Run:
     results_dir: Path
     command: str
     state: dict[str, Any] | None
-
-
-class AlreadyFinished(Exception):
-    """`--resume` names a run that needs nothing more."""
-
-
-def main(
-    script: str,
-    argv: list[str] | None,
-    parse: Callable[[list[str] | None], Settings],
-    train: Callable[[Settings, str], None],
-) -> int:
-    """Runs a training script; `train` is given the settings and the command a person typed."""
-
-    def body() -> None:
-        try:
-            python, *rest = commandline.typed(script, argv)
-            train(parse(argv), commandline.quoted([python, *commandline.launcher(), *rest]))
-        except AlreadyFinished as done:
-            print(done)
-
-    return commandline.exit_code(body)
 
 
 @contextmanager
@@ -66,18 +42,14 @@ def claim(settings: Settings, default_name: str, command: str) -> Iterator[Run]:
     from runs import processes  # and torch, which --help need not wait for
 
     with ExitStack() as stack:
-        outcome = None
-        if not processes.RANK:
-            try:
-                outcome = stack.enter_context(_claimed(settings, default_name, command))
-            except (UnusableInput, AlreadyFinished) as error:
-                outcome = error
-        outcome = processes.from_first(outcome)
-        if isinstance(outcome, Exception):
-            raise outcome
-        stack.enter_context(_says_how_to_go_on(outcome))
+        run = None
+        with processes.agreed():
+            if not processes.RANK:
+                run = stack.enter_context(_claimed(settings, default_name, command))
+        run = processes.from_first(run)
+        stack.enter_context(_says_how_to_go_on(run))
         stack.enter_context(processes.losses_told())
-        yield outcome
+        yield run
 
 
 @contextmanager
@@ -211,11 +183,9 @@ def _finished(settings: Settings, name: str) -> bool:
 
 def _sweep(settings: Settings, name: str) -> None:
     """Removes what a kill in the middle of a write has left of this run."""
-    own = glob.escape(name)
-    for pattern in (f".{own}.pt.*.tmp", f".{own}.resume.pt.*.tmp"):
-        for path in settings.checkpoint_dir.glob(pattern):
-            path.unlink(missing_ok=True)
-    for path in (settings.results_dir / name).glob(".*.tmp"):
+    checkpoints, results = settings.checkpoint_dir, settings.results_dir / name
+    left = *checkpoints.glob(f".{name}.pt.*.tmp"), *checkpoints.glob(f".{name}.resume.pt.*.tmp")
+    for path in (*left, *results.glob(".*.tmp")):
         path.unlink(missing_ok=True)
 
 

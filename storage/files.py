@@ -82,15 +82,6 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def is_other(path: Path, begins: str) -> bool:
-    """Whether a file of that name exists that does not begin as ours do: it is somebody's own."""
-    try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            return file.read(len(begins)) != begins
-    except FileNotFoundError:
-        return False
-
-
 def write_json(path: Path, content: Any) -> None:
     """Writes indented JSON atomically; NaN and infinity are refused, no JSON reader takes them."""
     write_atomically(path, json.dumps(content, indent=2, allow_nan=False) + "\n")

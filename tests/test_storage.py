@@ -335,7 +335,7 @@ def test_what_is_no_checkpoint_is_said_without_the_advice_of_torch(tmp_path, kin
 def test_a_path_without_a_file_to_read_is_refused(tmp_path):
     for path, reason in ((tmp_path / "a\n.pt", "No such file"), (tmp_path, "it is no file")):
         with pytest.raises(UnusableInput, match=f"{reason}.*give .*train_custom.py") as caught:
-            checkpoint.load(path)
+            checkpoint.load_model(path)
         assert str(caught.value).isprintable()
 
 
@@ -343,7 +343,7 @@ def test_a_path_without_a_file_to_read_is_refused(tmp_path):
 def test_a_fifo_does_not_hang(tmp_path):
     os.mkfifo(tmp_path / "x.pt")
     with pytest.raises(UnusableInput, match="it is no file"):
-        checkpoint.load(tmp_path / "x.pt")
+        checkpoint.load_model(tmp_path / "x.pt")
 
 
 def test_code_in_a_checkpoint_is_not_run(tmp_path):
@@ -351,7 +351,7 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path):
     for content in (saved({"x": Code(tmp_path / "trace")}), pickle.dumps(Code(tmp_path / "trace"))):
         path.write_bytes(content)
         with pytest.raises(UnusableInput):
-            checkpoint.load(path)
+            checkpoint.load_model(path)
     assert not (tmp_path / "trace").exists()
 
 
@@ -360,7 +360,7 @@ def test_a_compressed_checkpoint_that_would_fill_the_memory_is_refused(tmp_path)
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("x/data.pkl", bytes(10 << 20))
     with pytest.raises(UnusableInput, match="compressed"):
-        checkpoint.load(path)
+        checkpoint.load_model(path)
 
 
 def a_state(step):
