@@ -141,7 +141,8 @@ def freeze(model: OperatedNetwork, unfreeze: str) -> tuple[nn.Sequential | None,
 
     Args:
         model: changed in place.
-        unfreeze: "head" trains the classifier, "last" the last stage too, "all" everything.
+        unfreeze: "head" trains the classifier, "last" the last stage too, "most" all but the first
+            two, whose filters are general and whose large maps take most of the time, "all" all.
 
     Returns:
         The frozen trunk (None with "all") and the part that trains; both share the modules.
@@ -150,7 +151,7 @@ def freeze(model: OperatedNetwork, unfreeze: str) -> tuple[nn.Sequential | None,
     if unfreeze == "head":  # the trunk ends in pooled features: to keep them takes little memory
         trunk, tail = [*stages, head[:-1]], [head[-1]]
     else:
-        cut = {"last": -1, "all": 0}[unfreeze]
+        cut = {"last": -1, "most": 2, "all": 0}[unfreeze]
         trunk, tail = stages[:cut], [*stages[cut:], head]
     for stage in trunk:
         stage.requires_grad_(False)

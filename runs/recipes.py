@@ -55,6 +55,7 @@ BY_NETWORK = {
 BY_PART: dict[str, dict[str, Any]] = {
     "head": {"epochs": 10, "lr": 1e-3, "translate": 0, "small_first": ""},
     "last": {"epochs": 5, "lr": 1e-3, "translate": 0, "small_first": ""},
+    "most": _WHOLE,
     "all": _WHOLE,
 }
 # Nothing to keep, more to learn.

@@ -177,7 +177,7 @@ class FineTuneSettings(Settings):
         "imagenet", DAILY, "begin from imagenet, none (random), a file of weights or a checkpoint"
     )
     unfreeze: str = setting(
-        None, FIT, "which part trains; the rest stays", choices=("head", "last", "all")
+        None, FIT, "which part trains; the rest stays", choices=("head", "last", "most", "all")
     )
     # Not Muon: it sets the norms of the layers, and pretrained ones are to keep theirs.
     optimizer: str = setting("adamw", FIT, "how gradients become steps", choices=("adam", "adamw"))
@@ -192,7 +192,7 @@ class FineTuneSettings(Settings):
     @property
     def cached(self) -> bool:
         """Whether the frozen part's output is kept."""
-        return self.cache and self.unfreeze != "all"
+        return self.cache and self.unfreeze in ("head", "last")  # outputs of fewer layers are large
 
 
 # Settings that say where and how often files are written, not what is computed.

@@ -116,7 +116,7 @@ finetune --weights other.pth         | other.pth: the weights lack
 finetune --weights nan.pth           | its 'x' holds numbers that are not finite
 train_custom --weights nan.pth --batch-size 64 | its 'x' holds numbers that are not finite
 finetune --unfreeze last --translate 2 | add --no-cache
-finetune --unfreeze some             | --unfreeze some: choose from head, last, all
+finetune --unfreeze some             | --unfreeze some: choose from head, last, most, all
 evaluate                             | no finished checkpoint in checkpoints/: run `python train
 evaluate absent.pt                   | absent.pt
 evaluate a.pt --batch-size 0         | --batch-size 0: must be at least 1

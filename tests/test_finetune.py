@@ -29,6 +29,12 @@ TAILS = {  # the last stage and the head, as names of parameters begin
     "resnet50": (("layer4.",), ("fc.",)),
     "mobilenet_v3_small": (tuple(f"features.{i}." for i in range(9, 13)), ("classifier.",)),
 }
+FIRST = {  # the first two stages
+    "vgg19": tuple(f"features.{i}." for i in range(10)),
+    "resnet18": ("conv1.", "bn1.", "layer1."),
+    "resnet50": ("conv1.", "bn1.", "layer1."),
+    "mobilenet_v3_small": ("features.0.", "features.1."),
+}
 
 
 def operated(arch, **surgery):
@@ -52,7 +58,7 @@ def test_trunk_equals_torchvisions_own_feature_for_feature(arch):
 
 
 @pytest.mark.parametrize("arch", pretrained.ARCHS)
-@pytest.mark.parametrize("unfreeze", ["head", "last", "all"])
+@pytest.mark.parametrize("unfreeze", ["head", "last", "most", "all"])
 def test_stages_compose_to_the_network_and_only_the_named_part_trains(arch, unfreeze):
     model = operated(arch)
     trunk, tail = pretrained.freeze(model, unfreeze)
@@ -61,8 +67,14 @@ def test_stages_compose_to_the_network_and_only_the_named_part_trains(arch, unfr
     torch.testing.assert_close(tail(middle), model(images))
     trained = {name for name, p in model.network.named_parameters() if p.requires_grad}
     last, head = TAILS[arch]
-    prefixes = {"head": head, "last": (*last, *head), "all": ("",)}[unfreeze]
-    assert trained == {n for n, _ in model.network.named_parameters() if n.startswith(prefixes)}
+    names = {name for name, _ in model.network.named_parameters()}
+    expected = {
+        "head": {name for name in names if name.startswith(head)},
+        "last": {name for name in names if name.startswith((*last, *head))},
+        "most": {name for name in names if not name.startswith(FIRST[arch])},
+        "all": names,
+    }
+    assert trained == expected[unfreeze]
     assert (trunk is None) == (unfreeze == "all")
 
 
