@@ -33,7 +33,8 @@ REPEATED = (
 def identity(described: dict[str, Any]) -> dict[str, Any]:
     """What a result depends on besides settings and code."""
     keys = ("surgery", "start_weights", "device", "hardware", "torch", "threads", "processes")
-    return {key: (described | described["environment"])[key] for key in keys}
+    everything = described | described["environment"]
+    return {key: everything[key] for key in keys}
 
 
 def environment(device: torch.device) -> dict[str, Any]:

@@ -153,7 +153,8 @@ def _row(run_dir: Path) -> Row:
     settings = {k: v for k, v in (ABSENT | config).items() if k not in ignored}
     unfreeze = config.get("unfreeze")
     recipe = config.get("recipe") or (f"fine-tune {unfreeze}" if unfreeze else None)
-    changed = ", ".join(f"{key} {value}" for key, value in run.get("changed", {}).items())
+    more = {k: v for k, v in run.get("changed", {}).items() if k != "unfreeze"}  # the name says it
+    changed = ", ".join(f"{key} {value}" for key, value in more.items())
     return {
         "run": run_dir.name,
         "network": run.get("arch"),
