@@ -80,11 +80,11 @@ def train(settings: FineTuneSettings, command: str) -> None:
     from optimizers import make_optimizer
     from pretrained import freeze
     from runs import loading, processes, records, reports
-    from runs.device import compile_or_not, now, repeatable, select_device
+    from runs.device import compile_or_not, now, prepare, select_device
     from runs.features import feature_inputs, of_trunk
     from runs.training import Training
 
-    repeatable()
+    prepare()
     with (
         processes.joined(select_device(settings.device)) as device,
         run.claim(settings, settings.arch, command) as claimed,

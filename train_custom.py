@@ -62,10 +62,10 @@ def train(settings: CustomSettings, command: str) -> None:
     from data import inputs
     from optimizers import make_optimizer, parameter_groups
     from runs import loading, processes, records, reports
-    from runs.device import compile_or_not, repeatable, select_device
+    from runs.device import compile_or_not, prepare, select_device
     from runs.training import Training
 
-    repeatable()
+    prepare()
     with (
         processes.joined(select_device(settings.device)) as device,
         run.claim(settings, "custom_cnn", command) as claimed,

@@ -27,7 +27,7 @@ import train_custom
 from data import ChannelStats, Split, Splits, TrainBatches
 from optimizers import make_optimizer, parameter_groups
 from runs import commandline, loading, records
-from runs.device import choose_precision, compile_or_not, now, repeatable, select_device
+from runs.device import choose_precision, compile_or_not, now, prepare, select_device
 from runs.settings import CustomSettings, FineTuneSettings, Settings
 from storage.files import write_json
 
@@ -84,7 +84,7 @@ class Job:
     """
 
     def __init__(self, settings: CustomSettings | FineTuneSettings, splits: Splits):
-        repeatable()
+        prepare()
         device = splits.train.labels.device
         tuning = isinstance(settings, FineTuneSettings)
         begin = finetune.begin if tuning else train_custom.begin

@@ -1,5 +1,7 @@
+import platform
 import random
 import shutil
+import statistics
 import subprocess
 import sys
 
@@ -247,6 +249,16 @@ def test_training_and_prediction_need_no_double_on_the_device(sample, kind):
         torch.zeros(2).double()
 
 
+MEMORY = """
+import resource, torch, models
+from runs.device import prepare
+prepare()
+model, x = models.CustomCNN(), torch.randn(256, 3, 32, 32)
+for _ in range(9):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    model(x).sum().backward()
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
 PROBED = nn.Sequential(nn.BatchNorm2d(3), nn.Dropout(0.5), nn.Flatten(), nn.Linear(3072, 10))
 BATCH = torch.randn(8, 3, 32, 32), torch.zeros(8, dtype=torch.int64)
 
@@ -295,3 +307,11 @@ def test_a_load_beside_it_never_flips_the_choice_of_precision(monkeypatch, gain,
 def test_the_real_clock_gives_one_choice(loader):
     batch, model = next(loader.epoch(0)), models.CustomCNN()
     assert len({device.choose_precision("auto", model, batch, CPU)[0] for _ in range(3)}) == 1
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="asks for glibc's malloc")
+def test_a_step_takes_the_memory_that_the_one_before_it_freed():
+    run = [sys.executable, "-c", MEMORY]
+    done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, check=True)
+    pages = [int(line) for line in done.stdout.split()]
+    assert statistics.median(pages) < pages[0] / 10
