@@ -116,6 +116,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
     "tutorial": {},  # 39 million multiplications an image of 32x32
     "slim": {"widths": (64, 64, 256, 256, 256, 256), **_EARLY},  # 118 million
     "wide": {"widths": (64, 64, 256, 256, 384, 512), **_EARLY},  # 144 million
+    "wider": {"widths": (128, 128, 384, 384, 384, 384), **_EARLY},  # 302 million
     "widest": {"widths": (128, 128, 512, 512, 1024, 1024), **_EARLY},  # 626 million
 }
 

@@ -146,7 +146,10 @@ class CustomSettings(Settings):
         choices=("classic", "modern", "speedrun", "best"),
     )
     network: str = setting(
-        None, FIT, "shape of the nine layers", choices=("tutorial", "slim", "wide", "widest")
+        None,
+        FIT,
+        "shape of the nine layers",
+        choices=("tutorial", "slim", "wide", "wider", "widest"),
     )
     optimizer: str = setting(
         None, FIT, "how gradients become steps", choices=("adam", "adamw", "sgd", "muon")

@@ -73,7 +73,7 @@ def test_recipes_and_networks_bring_their_defaults_and_changes_are_named():
     assert (last.epochs, last.translate, last.small_first) == (5, 0, "")
     # What is small beside one size is large beside another.
     sides = [["--image-size", "64"], ["--image-size", "64", "--small-first", ".5:48"], []]
-    assert [finetune.parse(s).small_first for s in sides] == ["", ".5:48", "0.5:96"]
+    assert [finetune.parse(s).small_first for s in sides] == ["", ".5:48", "0.2:96"]
     assert [train_custom.parse(s).small_first for s in sides] == ["", ".5:48", "0.5:24"]
     every, scratch = (
         finetune.parse(["--arch", "vgg19", *more])

@@ -25,7 +25,7 @@ def test_parameter_counts():
         records.num_parameters(models.create_model("custom_cnn", surgery, 10))["total"]
         for surgery in models.NETWORKS.values()
     ]
-    assert counts == [355_050, 2_235_672, 3_975_704, 18_346_520]
+    assert counts == [355_050, 2_235_672, 3_975_704, 5_000_472, 18_346_520]
 
 
 def normalised(images):
