@@ -84,12 +84,12 @@ def train(settings: FineTuneSettings, command: str) -> None:
     from runs.features import feature_inputs, of_trunk
     from runs.training import Training
 
-    prepare()
     with (
         processes.joined(select_device(settings.device)) as device,
         run.claim(settings, settings.arch, command) as claimed,
     ):
         splits, source = loading.load_splits(settings, device)
+        prepare()
         splits = splits._replace(stats=ChannelStats(*IMAGENET))
 
         model, surgery, batches = begin(settings, splits)

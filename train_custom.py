@@ -65,12 +65,12 @@ def train(settings: CustomSettings, command: str) -> None:
     from runs.device import compile_or_not, prepare, select_device
     from runs.training import Training
 
-    prepare()
     with (
         processes.joined(select_device(settings.device)) as device,
         run.claim(settings, "custom_cnn", command) as claimed,
     ):
         splits, source = loading.load_splits(settings, device)
+        prepare()
 
         model, surgery, batches = begin(settings, splits)
         weights = loading.start_weights(model, settings.weights, "custom_cnn", splits.classes)

@@ -45,7 +45,8 @@ def prepare() -> None:
     """Lets convolutions on a GPU repeat to the bit, and this process keep the memory it frees.
 
     Left alone, glibc (Linux) gives the maps of a batch, some 10 MB each, back to the system, which
-    hands them out again page by page, zeroed: a sixth of the time of a step.
+    hands them out again page by page, zeroed: up to a sixth of a step's time. What loading the data
+    takes should go back, so this comes after it.
     """
     torch.backends.cudnn.deterministic = True
     with suppress(AttributeError, TypeError):  # another C library
