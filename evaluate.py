@@ -70,11 +70,10 @@ def evaluate(args: argparse.Namespace) -> None:
     """Does what the command line says and prints it; what fails does not keep others from it."""
     from runs import processes, tables
     from runs.classify import classify
-    from runs.device import prepare, select_device
+    from runs.device import select_device
     from runs.judging import judge_checkpoint
     from storage import checkpoint
 
-    prepare()
     problems = []
     with processes.joined(select_device(args.device)) as device:
         for path in processes.from_first(args.checkpoints):
