@@ -82,6 +82,7 @@ def train(settings: FineTuneSettings, command: str) -> None:
     from runs import loading, processes, records, reports
     from runs.device import compile_or_not, now, prepare, select_device
     from runs.features import feature_inputs, of_trunk
+    from runs.small_maps import as_products
     from runs.training import Training
 
     with (
@@ -97,6 +98,7 @@ def train(settings: FineTuneSettings, command: str) -> None:
         trunk, tail = freeze(model, settings.unfreeze)
         reports.draw_batch(claimed, batches, splits)
         precision = loading.settle_precision(settings, model, batches, claimed.state)
+        as_products(model, precision, device)
         described = records.describe(
             *(claimed, settings, model, splits, precision),
             arch=settings.arch,

@@ -63,6 +63,7 @@ def train(settings: CustomSettings, command: str) -> None:
     from optimizers import make_optimizer, parameter_groups
     from runs import loading, processes, records, reports
     from runs.device import compile_or_not, prepare, select_device
+    from runs.small_maps import as_products
     from runs.training import Training
 
     with (
@@ -76,6 +77,7 @@ def train(settings: CustomSettings, command: str) -> None:
         weights = loading.start_weights(model, settings.weights, "custom_cnn", splits.classes)
         reports.draw_batch(claimed, batches, splits)
         precision = loading.settle_precision(settings, model, batches, claimed.state)
+        as_products(model, precision, device)
 
         groups = parameter_groups(
             model,

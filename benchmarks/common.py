@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import statistics
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -29,6 +30,7 @@ from optimizers import make_optimizer, parameter_groups
 from runs import commandline, loading, records
 from runs.device import choose_precision, compile_or_not, now, prepare, select_device
 from runs.settings import CustomSettings, FineTuneSettings, Settings
+from runs.small_maps import as_products
 from storage.files import write_json
 
 RESULTS = Path(__file__).parent.parent / "results" / "benchmarks"
@@ -91,6 +93,7 @@ class Job:
         self.model, self.surgery, self.batches = begin(settings, splits)
         first = next(self.batches.epoch(0))
         self.precision, _ = choose_precision(settings.precision, self.model, first, device)
+        as_products(self.model, self.precision, device)
         groups = (
             finetune.parameter_groups(self.model, settings)
             if tuning
@@ -116,6 +119,46 @@ def rate(images: Iterator[int], number: int, device: torch.device) -> float:
     begin = now(device)
     count = sum(next(images) for _ in range(number))
     return count / (now(device) - begin)
+
+
+def with_and_without(script: str, description: str, measure: str, jobs: Sequence[str]) -> None:
+    """The command line of a benchmark of a measure that `Job` takes, job by job.
+
+    Steps of each job in a process of its own, with the measure and without it, in turn: images/s
+    after three first steps, medians over the turns.
+
+    Args:
+        script: file of the benchmark.
+        description: shown by --help.
+        measure: name of the function, here, that takes it.
+        jobs: commands of the scripts.
+    """
+    made = parser(script, description, "cpu")
+    made.add_argument("--turns", type=int, default=3)
+    made.add_argument("--only", nargs=2, metavar=("JOB", "SIDE"), help="print its images/s")
+    args = made.parse_args()
+    if args.only:
+        job, side = args.only
+        if side == "without":
+            globals()[measure] = lambda *_: None
+        script, *flags = job.split()
+        parse = finetune.parse if script == "finetune.py" else train_custom.parse
+        settings = parse([*flags, "--precision", "bf16"])
+        images = Job(settings, splits(settings, args)).images
+        rate(images, 3, args.device)
+        print(json.dumps(rate(images, max(4, 3000 // settings.batch_size), args.device)))
+        return
+    rows = {}
+    for job in jobs:
+        rates: dict[str, list[float]] = {"with": [], "without": []}
+        for side in list(rates) * args.turns:
+            command = [sys.executable, script, "--data-dir", args.data_dir, "--only", job, side]
+            done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
+            rates[side].append(json.loads(done.stdout.splitlines()[-1]))
+        medians = {side: round(statistics.median(values), 1) for side, values in rates.items()}
+        rows[job] = medians | {"ratio": round(medians["with"] / medians["without"], 3)}
+        print(f"{job}: {rows[job]}", flush=True)
+    write(args, {"images_per_second": rows})
 
 
 def flop(model: nn.Module, side: int, training: bool = True) -> int:

@@ -47,14 +47,14 @@ _WHOLE = {"unfreeze": "all", "epochs": 10, "translate": 2}
 _MOBILE = {"image_size": 96, "epochs": 7, "lr": 3e-3, "stage_lr_scale": 1.0}
 BY_NETWORK = {
     "vgg19": _USUAL | {"epochs": 4},
-    "resnet18": _USUAL | _WHOLE | {"image_size": 128, "small_first": "0.2:96", "epochs": 3},
+    "resnet18": _USUAL | _WHOLE | {"unfreeze": "most", "image_size": 128, "epochs": 3},
     "resnet50": _USUAL | _WHOLE | {"image_size": 96, "epochs": 3, "lr": 6e-4},
     "mobilenet_v3_small": _USUAL | _WHOLE | _MOBILE,
 }
 # What changes with the part that trains: moved images have no output that could be kept.
 BY_PART: dict[str, dict[str, Any]] = {
-    "head": {"epochs": 10, "lr": 1e-3, "translate": 0, "small_first": ""},
-    "last": {"epochs": 5, "lr": 1e-3, "translate": 0, "small_first": ""},
+    "head": {"epochs": 10, "lr": 1e-3, "translate": 0},
+    "last": {"epochs": 5, "lr": 1e-3, "translate": 0},
     "most": _WHOLE,
     "all": _WHOLE,
 }
@@ -83,8 +83,6 @@ def finetune(given: dict[str, Any]) -> FineTuneSettings:
     part = given.get("unfreeze", defaults["unfreeze"])
     if part != usual:
         defaults |= BY_PART.get(part, {})
-    if given.get("image_size", defaults["image_size"]) != defaults["image_size"]:
-        defaults["small_first"] = ""  # its sides are for the other one
     chosen = FineTuneSettings(**defaults | given)
     if chosen.cached and (chosen.translate or chosen.cutout or chosen.small_first):
         raise UnusableInput(

@@ -19,6 +19,7 @@ from runs import processes
 from runs.recipes import changed
 from runs.run import Run
 from runs.settings import Settings
+from runs.small_maps import cpu_features
 from storage.files import read_json, write_json
 
 CPU = torch.device("cpu")
@@ -62,8 +63,7 @@ def hardware(device: torch.device) -> str:
     with suppress(OSError, StopIteration):  # not Linux, or a processor that gives no name
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next(line.split(": ", 1)[1] for line in lines if line.startswith("model name"))
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # newer than torch 2.6
-    extras = [n for n in ("avx512_bf16", "amx_bf16") if capabilities.get(n)]
+    extras = [n for n in ("avx512_bf16", "amx_bf16") if cpu_features().get(n)]
     return ", ".join([f"{os.cpu_count()} cores {name.strip()}", *extras[-1:]])
 
 

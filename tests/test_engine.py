@@ -17,7 +17,7 @@ import data
 import engine
 import models
 from optimizers import make_optimizer, parameter_groups
-from runs import device, processes
+from runs import device, processes, small_maps
 from storage.checkpoint import digest
 
 CPU = torch.device("cpu")
@@ -259,6 +259,48 @@ for _ in range(9):
     model(x).sum().backward()
     print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
+
+
+@pytest.mark.parametrize("side", [1, 3, 4])
+def test_a_convolution_as_matrix_products_is_the_convolution(side):
+    x = torch.randn(2, 5, side, side, dtype=torch.double, requires_grad=True)
+    weight = torch.randn(6, 5, 3, 3, dtype=torch.double, requires_grad=True)
+    y = F.conv2d(x, weight, padding=1)
+    assert torch.allclose(small_maps.convolve(x, weight), y)
+    assert torch.autograd.gradcheck(small_maps.convolve, (x, weight))
+
+
+def test_processors_with_amx_convolve_small_maps_as_products_in_bf16_alone(monkeypatch):
+    def trained(precision):
+        model = models.CustomCNN(**models.NETWORKS["wide"]).to(memory_format=torch.channels_last)
+        model.load_state_dict(weights)
+        small_maps.as_products(model, precision, CPU)
+        model.eval()
+        logits = engine.forward(model, x, precision)
+        logits.square().sum().backward()
+        return model, logits, [p.grad for p in model.parameters() if p.requires_grad]
+
+    taken, convolve = [], small_maps.convolve
+    monkeypatch.setattr(
+        small_maps, "convolve", lambda x, w: taken.append(tuple(x.shape)) or convolve(x, w)
+    )
+    torch.manual_seed(0)
+    x = torch.randn(16, 3, 32, 32)
+    weights = models.CustomCNN(**models.NETWORKS["wide"]).state_dict()
+    monkeypatch.setattr(small_maps, "cpu_features", dict)
+    _, logits, gradients = trained("bf16")
+    monkeypatch.setattr(small_maps, "cpu_features", lambda: {"amx_bf16": True})
+    model, near, near_gradients = trained("bf16")
+    kinds = [type(module) for module in model.features if isinstance(module, nn.Conv2d)]
+    assert kinds == [nn.Conv2d] * 3 + [small_maps.SmallMapConv2d] * 3
+    assert list(model.state_dict()) == list(weights)
+    for a, b in zip([logits, *gradients], [near, *near_gradients], strict=True):
+        assert (a - b).norm() <= 0.02 * a.norm()
+    assert taken == [(16, 384, 3, 3)]  # of maps of 15, 15, 7, 7, 7 and 3 pixels
+    assert torch.equal(engine.forward(model, x, "fp32"), trained("fp32")[1])
+    assert len(taken) == 1
+
+
 PROBED = nn.Sequential(nn.BatchNorm2d(3), nn.Dropout(0.5), nn.Flatten(), nn.Linear(3072, 10))
 BATCH = torch.randn(8, 3, 32, 32), torch.zeros(8, dtype=torch.int64)
 

@@ -1,0 +1,91 @@
+"""Convolutions of small maps as matrix products, which processors with AMX compute faster.
+
+oneDNN gives the matrix unit of such a processor a row of the map at a time. Of maps of 4x4 and less
+a row fills little of it: 512 channels then train at a tenth of the rate of large maps. As a product
+of patches and weights they take a third to a seventh of the time (`benchmarks/small_maps.py`).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+LARGEST = 4  # side of the maps, pixels: from 5 on convolutions gain as much as patches cost
+FEWEST = 256  # channels: with fewer the patches are long in the making for what they spare
+GEOMETRY = {
+    **{"kernel_size": (3, 3), "stride": (1, 1), "padding": (1, 1), "dilation": (1, 1)},
+    **{"groups": 1, "padding_mode": "zeros"},
+}
+
+
+def cpu_features() -> dict[str, bool | int | str]:
+    """What this processor has, such as "avx512_bf16"; nothing where torch does not say (2.6)."""
+    return dict(getattr(torch.cpu, "get_capabilities", dict)())
+
+
+def as_products(model: nn.Module, precision: str, device: torch.device) -> None:
+    """Lets a model's 3x3 convolutions of many channels take that way where it is the faster one.
+
+    Parameters, their names and what is computed in float32 stay as they are.
+
+    Args:
+        model: changed in place.
+        precision: it trains in, "fp32" or "bf16".
+        device: it trains on.
+    """
+    if device.type != "cpu" or precision != "bf16" or not cpu_features().get("amx_bf16"):
+        return
+    for module in model.modules():
+        if type(module) is nn.Conv2d and min(module.in_channels, module.out_channels) >= FEWEST:
+            if all(getattr(module, key) == value for key, value in GEOMETRY.items()):
+                module.__class__ = SmallMapConv2d
+
+
+class SmallMapConv2d(nn.Conv2d):
+    """A 3x3 convolution with stride 1 and padding 1 that, in bf16, takes small maps as products."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (B, C, H, W) to (B, O, H, W)."""
+        if max(x.shape[2:]) > LARGEST or not torch.is_autocast_enabled("cpu"):
+            return super().forward(x)
+        y = convolve(x.bfloat16(), self.weight.bfloat16())
+        return y if self.bias is None else y + self.bias.bfloat16()[:, None, None]
+
+
+class _Convolution(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _product(x, weight)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        of_x = of_weight = None
+        if ctx.needs_input_grad[0]:
+            of_x = _product(gradient, weight.transpose(0, 1).flip(2, 3))
+        if ctx.needs_input_grad[1]:
+            rows = gradient.permute(0, 2, 3, 1).flatten(0, 2)  # (B H W, O)
+            of_weight = (rows.T @ _patches(x)).unflatten(1, (3, 3, -1)).permute(0, 3, 1, 2)
+        return of_x, of_weight
+
+
+def convolve(x: Tensor, weight: Tensor) -> Tensor:
+    """`F.conv2d(x, weight, padding=1)` of maps (B, C, H, W) and kernels (O, C, 3, 3), one dtype.
+
+    Patches of the input times weights; the gradient of the input is that of the gradient's patches
+    times the turned kernels.
+    """
+    return _Convolution.apply(x, weight)
+
+
+def _patches(x: Tensor) -> Tensor:
+    """The 3x3 surroundings of every pixel of (B, C, H, W): (B H W, 9 C), zeros beyond the edge."""
+    padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))
+    height, width = x.shape[2:]
+    moved = [padded[:, i : i + height, j : j + width] for i in range(3) for j in range(3)]
+    return torch.cat(moved, 3).flatten(0, 2)
+
+
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    rows = _patches(x) @ weight.permute(2, 3, 1, 0).flatten(0, 2)
+    return rows.unflatten(0, (len(x), *x.shape[2:])).permute(0, 3, 1, 2)
