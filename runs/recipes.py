@@ -47,7 +47,7 @@ _WHOLE = {"unfreeze": "all", "epochs": 10, "translate": 2}
 _MOBILE = {"image_size": 96, "epochs": 7, "lr": 3e-3, "stage_lr_scale": 1.0}
 BY_NETWORK = {
     "vgg19": _USUAL | {"epochs": 4},
-    "resnet18": _USUAL | _WHOLE | {"unfreeze": "most", "image_size": 128, "epochs": 3},
+    "resnet18": _USUAL | _WHOLE | {"unfreeze": "most", "image_size": 128, "epochs": 4},
     "resnet50": _USUAL | _WHOLE | {"image_size": 96, "epochs": 3, "lr": 6e-4},
     "mobilenet_v3_small": _USUAL | _WHOLE | _MOBILE,
 }

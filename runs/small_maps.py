@@ -35,8 +35,9 @@ def as_products(model: nn.Module, precision: str, device: torch.device) -> None:
     if device.type != "cpu" or precision != "bf16" or not cpu_features().get("amx_bf16"):
         return
     for module in model.modules():
-        if type(module) is nn.Conv2d and min(module.in_channels, module.out_channels) >= FEWEST:
-            if all(getattr(module, key) == value for key, value in GEOMETRY.items()):
+        if type(module) is nn.Conv2d:
+            many = min(module.in_channels, module.out_channels) >= FEWEST
+            if many and all(getattr(module, key) == value for key, value in GEOMETRY.items()):
                 module.__class__ = SmallMapConv2d
 
 

@@ -69,7 +69,7 @@ def test_recipes_and_networks_bring_their_defaults_and_changes_are_named():
     assert train_custom.parse([]).recipe == "modern"
     assert recipes.changed(train_custom.parse(["--device", "cpu", "--save-every", "9"])) == {}
     usual, last = map(finetune.parse, ([], ["--unfreeze", "last"]))
-    assert (usual.unfreeze, usual.epochs, usual.translate) == ("most", 3, 2)
+    assert (usual.unfreeze, usual.epochs, usual.translate) == ("most", 4, 2)
     assert (last.epochs, last.translate) == (5, 0)
     # What is small beside one size is large beside another.
     sides = [["--image-size", "64"], ["--image-size", "64", "--small-first", ".5:48"], []]
