@@ -121,7 +121,9 @@ def rate(images: Iterator[int], number: int, device: torch.device) -> float:
     return count / (now(device) - begin)
 
 
-def with_and_without(script: str, description: str, measure: str, jobs: Sequence[str]) -> None:
+def with_and_without(
+    script: str, description: str, measure: str, jobs: Sequence[str], **figures: Any
+) -> None:
     """The command line of a benchmark of a measure that `Job` takes, job by job.
 
     Steps of each job in a process of its own, with the measure and without it, in turn: images/s
@@ -132,6 +134,7 @@ def with_and_without(script: str, description: str, measure: str, jobs: Sequence
         description: shown by --help.
         measure: name of the function, here, that takes it.
         jobs: commands of the scripts.
+        figures: written beside.
     """
     made = parser(script, description, "cpu")
     made.add_argument("--turns", type=int, default=3)
@@ -158,7 +161,7 @@ def with_and_without(script: str, description: str, measure: str, jobs: Sequence
         medians = {side: round(statistics.median(values), 1) for side, values in rates.items()}
         rows[job] = medians | {"ratio": round(medians["with"] / medians["without"], 3)}
         print(f"{job}: {rows[job]}", flush=True)
-    write(args, {"images_per_second": rows})
+    write(args, {**figures, "images_per_second": rows})
 
 
 def flop(model: nn.Module, side: int, training: bool = True) -> int:

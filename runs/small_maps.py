@@ -1,8 +1,8 @@
 """Convolutions of small maps as matrix products, which processors with AMX compute faster.
 
-oneDNN gives the matrix unit of such a processor a row of the map at a time. Of maps of 4x4 and less
-a row fills little of it: 512 channels then train at a tenth of the rate of large maps. As a product
-of patches and weights they take a third to a seventh of the time (`benchmarks/small_maps.py`).
+oneDNN gives the matrix unit of such a processor a row of the map at a time, and rows of 4 pixels or
+fewer leave most of it idle. As a product of patches and weights such a convolution takes a seventh
+to a half of the time (`benchmarks/small_maps.py`).
 """
 
 import torch
