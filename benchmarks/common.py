@@ -27,6 +27,7 @@ import finetune
 import train_custom
 from data import ChannelStats, Split, Splits, TrainBatches
 from optimizers import make_optimizer, parameter_groups
+from pretrained import freeze
 from runs import commandline, loading, records
 from runs.device import choose_precision, compile_or_not, now, prepare, select_device
 from runs.settings import CustomSettings, FineTuneSettings, Settings
@@ -91,6 +92,8 @@ class Job:
         tuning = isinstance(settings, FineTuneSettings)
         begin = finetune.begin if tuning else train_custom.begin
         self.model, self.surgery, self.batches = begin(settings, splits)
+        if tuning:
+            freeze(self.model, settings.unfreeze)
         first = next(self.batches.epoch(0))
         self.precision, _ = choose_precision(settings.precision, self.model, first, device)
         as_products(self.model, self.precision, device)
@@ -122,7 +125,7 @@ def rate(images: Iterator[int], number: int, device: torch.device) -> float:
 
 
 def with_and_without(
-    script: str, description: str, measure: str, jobs: Sequence[str], **figures: Any
+    benchmark: str, description: str, measure: Callable, jobs: Sequence[str], **figures: Any
 ) -> None:
     """The command line of a benchmark of a measure that `Job` takes, job by job.
 
@@ -130,20 +133,20 @@ def with_and_without(
     after three first steps, medians over the turns.
 
     Args:
-        script: file of the benchmark.
+        benchmark: its file.
         description: shown by --help.
-        measure: name of the function, here, that takes it.
+        measure: the function of this module that takes it.
         jobs: commands of the scripts.
         figures: written beside.
     """
-    made = parser(script, description, "cpu")
+    made = parser(benchmark, description, "cpu")
     made.add_argument("--turns", type=int, default=3)
     made.add_argument("--only", nargs=2, metavar=("JOB", "SIDE"), help="print its images/s")
     args = made.parse_args()
     if args.only:
         job, side = args.only
         if side == "without":
-            globals()[measure] = lambda *_: None
+            globals()[measure.__name__] = lambda *_: None
         script, *flags = job.split()
         parse = finetune.parse if script == "finetune.py" else train_custom.parse
         settings = parse([*flags, "--precision", "bf16"])
@@ -155,7 +158,7 @@ def with_and_without(
     for job in jobs:
         rates: dict[str, list[float]] = {"with": [], "without": []}
         for side in list(rates) * args.turns:
-            command = [sys.executable, script, "--data-dir", args.data_dir, "--only", job, side]
+            command = [sys.executable, benchmark, "--data-dir", args.data_dir, "--only", job, side]
             done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
             rates[side].append(json.loads(done.stdout.splitlines()[-1]))
         medians = {side: round(statistics.median(values), 1) for side, values in rates.items()}

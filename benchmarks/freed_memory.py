@@ -11,4 +11,4 @@ JOBS = [f"train_custom.py --recipe {recipe}" for recipe in ("classic", "modern",
 JOBS += ["finetune.py --arch resnet18"]
 
 if __name__ == "__main__":
-    common.with_and_without(__file__, __doc__, "prepare", JOBS)
+    common.with_and_without(__file__, __doc__, common.prepare, JOBS)
