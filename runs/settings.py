@@ -190,7 +190,7 @@ class FineTuneSettings(Settings):
     dropout: float = setting(
         None, FIT, "share of the classifier's inputs left out at random", at_least=0, below=1
     )
-    cache: bool = setting(True, RARE, "compute the frozen part once and keep its output")
+    cache: bool = setting(True, RARE, "head, last: keep the output of the frozen part")
 
     @property
     def cached(self) -> bool:

@@ -1,8 +1,8 @@
 """Convolutions of small maps as matrix products, which processors with AMX compute faster.
 
 oneDNN gives the matrix unit of such a processor a row of the map at a time, and rows of 4 pixels or
-fewer leave most of it idle. As a product of patches and weights such a convolution takes a seventh
-to a half of the time (`benchmarks/small_maps.py`).
+fewer leave most of it idle. As a product of patches and weights such a convolution takes a sixth to
+two thirds of the time (`benchmarks/small_maps.py`).
 """
 
 import torch
@@ -18,7 +18,7 @@ GEOMETRY = {
 
 
 def cpu_features() -> dict[str, bool | int | str]:
-    """What this processor has, such as "avx512_bf16"; nothing where torch does not say (2.6)."""
+    """What this processor has, such as "avx512_bf16"; nothing where torch, like 2.6, cannot say."""
     return dict(getattr(torch.cpu, "get_capabilities", dict)())
 
 

@@ -296,9 +296,32 @@ def test_processors_with_amx_convolve_small_maps_as_products_in_bf16_alone(monke
     assert list(model.state_dict()) == list(weights)
     for a, b in zip([logits, *gradients], [near, *near_gradients], strict=True):
         assert (a - b).norm() <= 0.02 * a.norm()
-    assert taken == [(16, 384, 3, 3)]  # of maps of 15, 15, 7, 7, 7 and 3 pixels
+    assert taken == [(16, 384, 3, 3)]  # of maps of 31, 15, 15, 7, 7 and 3 pixels
     assert torch.equal(engine.forward(model, x, "fp32"), trained("fp32")[1])
     assert len(taken) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind"),
+    [({}, small_maps.SmallMapConv2d)]
+    + [
+        (changes, nn.Conv2d)
+        for changes in (
+            *({"stride": 2}, {"dilation": 2}, {"padding": 0}, {"groups": 2}),
+            *({"padding_mode": "reflect"}, {"kernel_size": 5}, {"out_channels": 128}),
+        )
+    ],
+)
+def test_only_what_products_compute_faster_takes_that_way(monkeypatch, changes, kind):
+    monkeypatch.setattr(small_maps, "cpu_features", lambda: {"amx_bf16": True})
+    usual = {"in_channels": 256, "out_channels": 256, "kernel_size": 3, "padding": 1}
+    conv, x = nn.Conv2d(**usual | changes), torch.randn(4, 256, 4, 4)
+    expected = engine.forward(conv, x, "bf16")
+    small_maps.as_products(conv, "bf16", torch.device("cuda"))
+    assert type(conv) is nn.Conv2d
+    small_maps.as_products(conv, "bf16", CPU)
+    assert type(conv) is kind
+    assert (engine.forward(conv, x, "bf16") - expected).norm() <= 0.01 * expected.norm()
 
 
 PROBED = nn.Sequential(nn.BatchNorm2d(3), nn.Dropout(0.5), nn.Flatten(), nn.Linear(3072, 10))
