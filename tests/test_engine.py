@@ -302,17 +302,13 @@ def test_processors_with_amx_convolve_small_maps_as_products_in_bf16_alone(monke
 
 
 @pytest.mark.parametrize(
-    ("changes", "kind"),
-    [({}, small_maps.SmallMapConv2d)]
-    + [
-        (changes, nn.Conv2d)
-        for changes in (
-            *({"stride": 2}, {"dilation": 2}, {"padding": 0}, {"groups": 2}),
-            *({"padding_mode": "reflect"}, {"kernel_size": 5}, {"out_channels": 128}),
-        )
+    "changes",
+    [
+        *({}, {"stride": 2}, {"dilation": 2}, {"padding": 0}, {"groups": 2}),
+        *({"padding_mode": "reflect"}, {"kernel_size": 5}, {"out_channels": 128}),
     ],
 )
-def test_only_what_products_compute_faster_takes_that_way(monkeypatch, changes, kind):
+def test_only_what_products_compute_faster_takes_that_way(monkeypatch, changes):
     monkeypatch.setattr(small_maps, "cpu_features", lambda: {"amx_bf16": True})
     usual = {"in_channels": 256, "out_channels": 256, "kernel_size": 3, "padding": 1}
     conv, x = nn.Conv2d(**usual | changes), torch.randn(4, 256, 4, 4)
@@ -320,7 +316,7 @@ def test_only_what_products_compute_faster_takes_that_way(monkeypatch, changes, 
     small_maps.as_products(conv, "bf16", torch.device("cuda"))
     assert type(conv) is nn.Conv2d
     small_maps.as_products(conv, "bf16", CPU)
-    assert type(conv) is kind
+    assert type(conv) is (nn.Conv2d if changes else small_maps.SmallMapConv2d)
     assert (engine.forward(conv, x, "bf16") - expected).norm() <= 0.01 * expected.norm()
 
 
