@@ -106,14 +106,18 @@ def choose_precision(
         steps = {p: _Probe(model, p) for p in seconds}
         if device.type == "cuda":  # as training takes its steps
             steps = {p: StepGraphs(step, device) for p, step in steps.items()}
-        for _ in range(5):  # in turn, so that what slows the machine down slows both
+        for turn in range(5):  # in turn, so that what slows the machine down slows both
             for precision, step in steps.items():
                 # A CPU's own clock does not count the time that another load takes from it.
                 clock = time.thread_time if cpu else lambda: now(device)
                 begin = clock()
                 step(x, labels, 0.0)
                 seconds[precision].append(clock() - begin)
-    rates = {p: len(x) / min(times[1:]) for p, times in seconds.items()}  # the first one allocates
+            if turn < 2:  # the first one allocates
+                continue
+            rates = {p: len(x) / min(times[1:]) for p, times in seconds.items()}
+            if not 1 / 3 < rates["bf16"] / rates["fp32"] < 3:
+                break  # no load beside it explains that
     # Near a tie the stopwatch must not decide: the same command is to give the same weights.
     best = "bf16" if rates["bf16"] > 1.2 * rates["fp32"] else "fp32"
     measured = ", ".join(f"{name} {rate:,.0f}" for name, rate in rates.items())

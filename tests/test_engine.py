@@ -261,9 +261,9 @@ for _ in range(9):
 """
 
 
-@pytest.mark.parametrize("side", [1, 3, 4])
+@pytest.mark.parametrize("side", [(1, 1), (3, 3), (2, 4), (5, 5), (6, 4)])
 def test_a_convolution_as_matrix_products_is_the_convolution(side):
-    x = torch.randn(2, 5, side, side, dtype=torch.double, requires_grad=True)
+    x = torch.randn(2, 5, *side, dtype=torch.double, requires_grad=True)
     weight = torch.randn(6, 5, 3, 3, dtype=torch.double, requires_grad=True)
     y = F.conv2d(x, weight, padding=1)
     assert torch.allclose(small_maps.convolve(x, weight), y)
@@ -296,9 +296,10 @@ def test_processors_with_amx_convolve_small_maps_as_products_in_bf16_alone(monke
     assert list(model.state_dict()) == list(weights)
     for a, b in zip([logits, *gradients], [near, *near_gradients], strict=True):
         assert (a - b).norm() <= 0.02 * a.norm()
-    assert taken == [(16, 384, 3, 3)]  # of maps of 31, 15, 15, 7, 7 and 3 pixels
+    # of maps of 31, 15, 15, 7, 7 and 3 pixels
+    assert taken == [(16, 256, 7, 7), (16, 256, 7, 7), (16, 384, 3, 3)]
     assert torch.equal(engine.forward(model, x, "fp32"), trained("fp32")[1])
-    assert len(taken) == 1
+    assert len(taken) == 3
 
 
 @pytest.mark.parametrize(
@@ -351,7 +352,9 @@ def test_bf16_must_gain_a_fifth_and_measuring_it_leaves_no_trace(monkeypatch, se
     assert device.choose_precision("bf16", PROBED, BATCH, CPU)[0] == "bf16"
 
 
-@pytest.mark.parametrize(("gain", "best"), [(1.8, "bf16"), (1.0, "fp32")])
+@pytest.mark.parametrize(
+    ("gain", "best"), [(6.0, "bf16"), (1.8, "bf16"), (1.0, "fp32"), (0.2, "fp32")]
+)
 def test_a_load_beside_it_never_flips_the_choice_of_precision(monkeypatch, gain, best):
     chance, load = random.Random(0), [1.0]
 
