@@ -160,7 +160,7 @@ class Soap(torch.optim.Optimizer):
     found_inf: Tensor  # not 0: this step is to change nothing
     betas = 0.9, 0.99  # of gradients, and of their squares; see `make_optimizer`
     beta_covariance = 0.95
-    interval = 10  # steps from one basis to the next
+    interval = 20  # steps from one basis to the next
 
     def __init__(self, groups: list[dict[str, Any]], lr: float, dtype: torch.dtype):
         super().__init__(groups, {"lr": lr, "weight_decay": 0.0})

@@ -70,7 +70,17 @@ def test_run_stopped_again_and_again_within_epochs_equals_the_uninterrupted_one(
     # The second recipe whitens, takes Muon's steps and grows its images in the second epoch, the
     # middle one of three, which shows the hardest alone.
     size = "--limit", "64", "--batch-size", "16", "--epochs", "3", "--small-first", "0.5:16"
-    command = (*SMALL, *size, "--hardest", "0.4", "--recipe", recipe, "--device", device, "--run-name")
+    command = (
+        *SMALL,
+        *size,
+        "--hardest",
+        "0.4",
+        "--recipe",
+        recipe,
+        "--device",
+        device,
+        "--run-name",
+    )
     assert run(*command, "whole").code == 0
     for name, code in (("SIGTERM", 143), ("SIGHUP", 129), ("SIGUSR1", 138), ("SIGINT", 130)):
         signal_at(2, getattr(signal, name))
