@@ -91,8 +91,10 @@ def train(
 
     Args:
         model: on its device.
-        optimizer: over groups that carry `lr_scale`; made by `optimizers.make_optimizer`.
-        batches: a pure function of (epoch, step).
+        optimizer: over groups that carry `lr_scale`; made by `optimizers.make_optimizer`. After
+            each step `after_step(done)` is called, if it has that: what no CUDA graph can replay.
+        batches: a pure function of (epoch, step), and of the losses (B,) of each step that
+            `note(step, losses)` was told, if it has that.
         epochs: passes over the training images.
         lr: peak learning rate of a group whose `lr_scale` is 1.
         warmup: see `lr_factor`.

@@ -180,7 +180,7 @@ class Soap(torch.optim.Optimizer):
                     gradient = _shorter_side_first(gradient.permute(0, 2, 3, 1).flatten(1))
                 if not state:
                     state |= self._beginning(gradient, turned)
-                state["step"] += takes
+                state["count"] += takes
                 if turned:
                     square = self._product(gradient, gradient.T)
                     state["covariance"].lerp_(square, takes * (1 - self.beta_covariance))
@@ -191,7 +191,7 @@ class Soap(torch.optim.Optimizer):
                 if turned:
                     ahead = self._product(state["basis"], ahead)
                     ahead = (ahead if len(ahead) == len(weight) else ahead.T).reshape(weight.shape)
-                count = state["step"].clamp(min=1)
+                count = state["count"].clamp(min=1)
                 unbiased = (1 - beta2**count).sqrt() / (1 - beta1**count)
                 weight.mul_(1 - lr * group["weight_decay"])
                 weight.addcmul_(ahead, lr * unbiased, value=-1)
@@ -214,18 +214,19 @@ class Soap(torch.optim.Optimizer):
             if done:
                 along = covariance @ old
                 order = (old * along).sum(0).argsort(descending=True)
-                new = torch.linalg.qr(along[:, order])[0]
+                new = torch.linalg.qr(_able(along[:, order]))[0].to(old.device)
                 state["exp_avg"].copy_(new.T @ old @ state["exp_avg"])
                 state["exp_avg_sq"].copy_(state["exp_avg_sq"][order])
             else:  # the moments begin in the basis
-                new = torch.linalg.eigh(covariance)[1]
-                for name in ("step", "exp_avg", "exp_avg_sq"):
+                new = torch.linalg.eigh(_able(covariance))[1].to(old.device)
+                for name in ("count", "exp_avg", "exp_avg_sq"):
                     state[name].zero_()
             old.copy_(new)
 
     def _beginning(self, gradient: Tensor, turned: bool) -> dict[str, Tensor]:
         zero = torch.zeros_like(gradient)
-        state = {"step": zero.new_zeros(()), "exp_avg": zero, "exp_avg_sq": zero.clone()}
+        # Not "step": torch would leave that on the CPU when a state is loaded.
+        state = {"count": zero.new_zeros(()), "exp_avg": zero, "exp_avg_sq": zero.clone()}
         if turned:
             side = len(gradient)
             state["basis"] = torch.eye(side, dtype=zero.dtype, device=zero.device)
@@ -238,3 +239,8 @@ class Soap(torch.optim.Optimizer):
 
 def _shorter_side_first(matrix: Tensor) -> Tensor:
     return matrix.T if len(matrix) > matrix.shape[1] else matrix
+
+
+def _able(matrix: Tensor) -> Tensor:
+    """A matrix where torch can factorise it: on a CPU or a GPU with CUDA."""
+    return matrix if matrix.is_cuda else matrix.cpu()
