@@ -11,7 +11,7 @@ _RECIPES: dict[str, tuple] = {
     "network":            ("tutorial",  "wide",        "slim",     "widest"),
     "epochs":             (30,          20,            10,         100),
     "batch_size":         (128,         512,           1000,       1000),
-    "optimizer":          ("adam",      "soap",        "muon",     "muon"),
+    "optimizer":          ("adam",      "adamw",       "muon",     "muon"),
     "lr":                 (1e-3,        8e-3,          0.01,       0.01),
     "muon_lr":            (0.0,         0.0,           0.17,       0.17),
     "schedule":           ("cosine",    "cosine",      "linear",   "linear"),
@@ -26,7 +26,7 @@ _RECIPES: dict[str, tuple] = {
     "translate":          (0,           4,             2,          4),
     "cutout":             (0,           8,             0,          12),
     "small_first":        ("",          "0.5:24",      "0.5:24",   "0.5:24"),
-    "hardest":            (1.0,         0.6,           1.0,        1.0),
+    "hardest":            (1.0,         1.0,           1.0,        1.0),
     "val_fraction":       (0.04,        0.02,          0.02,       0.02),
 }  # fmt: skip
 
