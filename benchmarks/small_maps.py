@@ -23,10 +23,10 @@ from runs.small_maps import convolve
 LAYERS = [
     *((128, 512, 512, 4), (128, 512, 512, 3), (512, 384, 512, 3), (512, 384, 512, 2)),
     *((1000, 256, 256, 3), (1000, 1024, 1024, 3)),
-    # Where the gradient of the weights alone is made of products.
-    *((512, 256, 384, 5), (1000, 512, 1024, 5), (512, 256, 384, 7), (128, 256, 256, 8)),
-    # Where convolutions stay.
-    *((512, 64, 64, 4), (1000, 64, 256, 11)),
+    # Where the gradient of the weights alone is a product.
+    *((512, 256, 384, 5), (1000, 512, 1024, 5)),
+    # Where convolutions stay: larger maps, fewer channels.
+    *((512, 256, 384, 7), (128, 256, 256, 8), (512, 64, 64, 4)),
 ]
 RECIPES = "modern", "modern --small-first=", "speedrun", "best"
 JOBS = [f"train_custom.py --recipe {recipe}" for recipe in RECIPES]

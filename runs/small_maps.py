@@ -1,8 +1,8 @@
 """Convolutions of small maps as matrix products, which processors with AMX compute faster.
 
 oneDNN gives the matrix unit of such a processor a row of the map at a time, and short rows leave
-most of it idle. With products a step of such a layer takes a sixth to nine tenths of the time
-(`benchmarks/small_maps.py`).
+most of it idle. As products of patches and weights a step of such a layer takes a sixth to four
+fifths of the time (`benchmarks/small_maps.py`).
 """
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 # Up to which side of the maps, pixels, products are the faster way
 LARGEST = 4  # of the convolution itself: from 5 on it gains as much as patches cost
-LARGEST_BACKWARD = 8  # of the gradient of its weights
+LARGEST_BACKWARD = 6  # of the gradient of its weights, which convolutions find at half the rate
 FEWEST = 256  # channels: with fewer the copies are long in the making for what they spare
 GEOMETRY = {
     **{"kernel_size": (3, 3), "stride": (1, 1), "padding": (1, 1), "dilation": (1, 1)},
@@ -67,38 +67,31 @@ class _Convolution(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             of_x = _convolve(gradient, weight.transpose(0, 1).flip(2, 3))
         if ctx.needs_input_grad[1]:
-            of_weight = _weight_gradient(x, gradient)
+            rows = gradient.permute(0, 2, 3, 1).flatten(0, 2)  # (B H W, O)
+            of_weight = (rows.T @ _patches(x)).unflatten(1, (3, 3, -1)).permute(0, 3, 1, 2)
         return of_x, of_weight
 
 
 def convolve(x: Tensor, weight: Tensor) -> Tensor:
-    """`F.conv2d(x, weight, padding=1)` of maps (B, C, H, W) and kernels (O, C, 3, 3), one dtype."""
+    """`F.conv2d(x, weight, padding=1)` of maps (B, C, H, W) and kernels (O, C, 3, 3), one dtype.
+
+    Patches of the input times weights; the gradient of the input is the convolution of the
+    gradient with the turned kernels, that of the weights the gradient times patches.
+    """
     return _Convolution.apply(x, weight)
 
 
 def _convolve(x: Tensor, weight: Tensor) -> Tensor:
-    """Of the smallest maps the 3x3 surroundings of every pixel (B H W, 9 C) times the weights."""
     height, width = x.shape[2:]
     if max(height, width) > LARGEST:
         return F.conv2d(x, weight, padding=1)
-    padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))
-    moved = [padded[:, i : i + height, j : j + width] for i in range(3) for j in range(3)]
-    rows = torch.cat(moved, 3).flatten(0, 2) @ weight.permute(2, 3, 1, 0).flatten(0, 2)
+    rows = _patches(x) @ weight.permute(2, 3, 1, 0).flatten(0, 2)
     return rows.unflatten(0, (len(x), height, width)).permute(0, 3, 1, 2)
 
 
-def _weight_gradient(x: Tensor, gradient: Tensor) -> Tensor:
-    """A product for each place in the kernel: the pixels (C, N) times their gradients (N, O).
-
-    As every row ends in a zero and every map in a row of them, the list of all pixels moved on by
-    one is every map moved by a pixel, and moved on by a row's length every map moved by a row.
-    """
-    pitch = x.shape[3] + 1
-    pixels, gradients = (
-        F.pad(maps.permute(0, 2, 3, 1), (0, 0, 0, 1, 0, 1)).flatten(0, 2) for maps in (x, gradient)
-    )
-    pixels = pixels.T.contiguous()
-    gradients = F.pad(gradients, (0, 0, pitch + 1, pitch + 1))
-    starts = [row * pitch + column for row in (2, 1, 0) for column in (2, 1, 0)]
-    places = [pixels @ gradients[start : start + pixels.shape[1]] for start in starts]
-    return torch.stack(places).unflatten(0, (3, 3)).permute(3, 2, 0, 1)
+def _patches(x: Tensor) -> Tensor:
+    """The 3x3 surroundings of every pixel of (B, C, H, W): (B H W, 9 C), zeros beyond the edge."""
+    padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))
+    height, width = x.shape[2:]
+    moved = [padded[:, i : i + height, j : j + width] for i in range(3) for j in range(3)]
+    return torch.cat(moved, 3).flatten(0, 2)

@@ -353,7 +353,7 @@ def test_processors_with_amx_convolve_small_maps_as_products_in_bf16_alone(monke
         small_maps, "convolve", lambda x, w: taken.append(tuple(x.shape)) or convolve(x, w)
     )
     torch.manual_seed(0)
-    x = torch.randn(16, 3, 32, 32)
+    x = torch.randn(16, 3, 24, 24)
     weights = models.CustomCNN(**models.NETWORKS["wide"]).state_dict()
     monkeypatch.setattr(small_maps, "cpu_features", dict)
     _, logits, gradients = trained("bf16")
@@ -364,8 +364,8 @@ def test_processors_with_amx_convolve_small_maps_as_products_in_bf16_alone(monke
     assert list(model.state_dict()) == list(weights)
     for a, b in zip([logits, *gradients], [near, *near_gradients], strict=True):
         assert (a - b).norm() <= 0.02 * a.norm()
-    # of maps of 31, 15, 15, 7, 7 and 3 pixels
-    assert taken == [(16, 256, 7, 7), (16, 256, 7, 7), (16, 384, 3, 3)]
+    # of maps of 23, 11, 11, 5, 5 and 2 pixels
+    assert taken == [(16, 256, 5, 5), (16, 256, 5, 5), (16, 384, 2, 2)]
     assert torch.equal(engine.forward(model, x, "fp32"), trained("fp32")[1])
     assert len(taken) == 3
 
