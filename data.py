@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -191,10 +190,6 @@ class TrainBatches:
     entered at any step and yields the very same batches. Batch sizes of an epoch differ by one
     image at most, so that no crumb of a batch spoils the BatchNorm statistics.
 
-    With `hardest` below 1 what an epoch shows also depends on `state`: after the first quarter of
-    the epochs each shows the images whose loss was largest when last seen, as often as it takes to
-    be as long as the others; the last epoch shows all again.
-
     Args:
         split: images and labels on the device.
         stats: to normalise by.
@@ -206,11 +201,6 @@ class TrainBatches:
             that side. What is learned from small images serves large ones, for fewer operations.
         num_epochs: of the whole training, of which `small_first` gives shares.
         part: (rank, number of processes): only that part of each batch is made.
-        hardest: share of the images that those epochs keep to, in (0, 1].
-
-    Attributes:
-        state: `losses`, (N,) float, of each image when last seen, and `shown`, int64 indices of the
-            images the running epoch keeps to; on the device. Empty unless `hardest` is below 1.
     """
 
     def __init__(
@@ -225,7 +215,6 @@ class TrainBatches:
         small_first: tuple[tuple[float, int], ...] = (),
         num_epochs: int = 1,
         part: tuple[int, int] = (0, 1),
-        hardest: float = 1.0,
     ):
         self.split, self.stats, self.augmentation, self.seed = split, stats, augmentation, seed
         self.side, self.small_first = side or split.images.shape[1], small_first
@@ -233,20 +222,11 @@ class TrainBatches:
         self.num_images = len(split.labels)
         self.num_steps = -(-self.num_images // batch_size)  # of an epoch
         self.flipped_first = torch.rand(self.num_images, generator=self._stream(_FIRST_FLIP)) < 0.5
-        self.hardest, self.state = hardest, dict[str, Tensor]()
-        if hardest < 1:
-            device = split.labels.device
-            all_images = torch.arange(self.num_images, device=device)
-            losses = torch.zeros(self.num_images, device=device)
-            self.state = {"losses": losses, "shown": all_images}
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields x (B, 3, S, S) float and labels (B,) from the given step; both count from 0."""
-        if self.state and not first_step:
-            self.state["shown"] = self._shown(epoch)
         draws = self._draw(epoch)
         steps = list(zip(*(d.tensor_split(self.num_steps) for d in draws), strict=True))
-        self.chosen = [chosen for chosen, *_ in steps]
         step = first_step
         while step < self.num_steps:
             side = self.side_at(epoch, step)
@@ -259,23 +239,6 @@ class TrainBatches:
             sizes = [len(draws.chosen) for draws in own]
             yield from zip(x.split(sizes), labels.split(sizes), strict=True)
             step += len(same)
-
-    def note(self, step: int, losses: Tensor) -> None:
-        """Takes what the images of a step of the running epoch, or of this part of it, cost."""
-        if not self.state:
-            return
-        (rank, count), chosen, losses = self.part, self.chosen[step], losses.float()
-        if count > 1:
-            own = chosen.tensor_split(count)
-            sizes = [len(part) for part in own]
-            whole = losses.new_zeros(len(chosen))
-            whole.split(sizes)[rank].copy_(losses)
-            dist.all_reduce(losses := whole)
-        device = losses.device
-        # An image that a step has twice counts with its larger loss, in whichever order they come.
-        seen = torch.full_like(self.state["losses"], -torch.inf)
-        seen.scatter_reduce_(0, send(chosen, device), losses, "amax")
-        self.state["losses"].copy_(torch.where(seen > -torch.inf, seen, self.state["losses"]))
 
     def side_at(self, epoch: int, step: int) -> int:
         """Side of the network's input in a step, pixels."""
@@ -307,23 +270,13 @@ class TrainBatches:
         state = np.random.SeedSequence((self.seed, *key)).generate_state(1, np.uint64)
         return torch.Generator().manual_seed(int(state[0]) >> 1)
 
-    def _shown(self, epoch: int) -> Tensor:
-        """The images an epoch keeps to."""
-        first, last = max(1, self.num_epochs // 4), self.num_epochs - 1
-        count = round(self.hardest * self.num_images) if first <= epoch < last else self.num_images
-        return self.state["losses"].argsort(descending=True, stable=True)[: max(1, count)]
-
     def _draw(self, epoch: int) -> Draws:
         kind, reach, hole = vars(self.augmentation).values()
         stream, count = self._stream(_ORDER, epoch), self.num_images
-        pool = self.state["shown"].cpu() if self.state else torch.arange(count)
-        size = len(pool)
-        rounds = torch.arange(count) // size
-        chosen = torch.cat([torch.randperm(size, generator=stream) for _ in rounds[::size]])[:count]
-        chosen = pool[chosen]
+        chosen = torch.randperm(count, generator=stream)
         flipped = torch.rand(count, generator=stream) < (0.5 if kind == "random" else 0)
         if kind == "alternating":
-            flipped = self.flipped_first[chosen] ^ ((epoch + rounds) % 2 == 1)
+            flipped = self.flipped_first[chosen] ^ (epoch % 2 == 1)
         shifts = torch.randint(-reach, reach + 1, (count, 2), generator=stream)
         corners = [  # the hole may hang over the border, as in the paper
             torch.randint(min(1 - hole, 0), size, (count,), generator=stream)

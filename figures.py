@@ -44,9 +44,7 @@ def curves(history: Rows, path: Path, title: str, reference: float | None = None
     """
     with drawing(path, 10, 4.3, title) as figure:
         loss, accuracy, rate = figure.subplots(1, 3, width_ratios=(4, 4, 3))
-        training = (
-            "training: augmented images, perhaps the hardest; weights still moving; smoothed labels"
-        )
+        training = "training: augmented images, weights still moving; label smoothing in the loss"
         validation = "validation: images as they are, weights at the end of the epoch"
         for split, colour, label in (("train", ORANGE, training), ("val", BLUE, validation)):
             _line(loss, history, f"{split}_loss", 1, color=colour)

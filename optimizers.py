@@ -1,4 +1,4 @@
-"""Which parameters are updated how: Adam, AdamW, SOAP, SGD, and Muon."""
+"""Which parameters are updated how: Adam, AdamW, SGD, and Muon."""
 
 from typing import Any
 
@@ -26,7 +26,7 @@ def parameter_groups(
 
     Args:
         model: its parameters with `requires_grad`.
-        optimizer: "adam", "adamw", "soap", "sgd" or "muon".
+        optimizer: "adam", "adamw", "sgd" or "muon".
         weight_decay: of matrices and kernels.
         bias_lr_scale: learning rate of vectors (biases, BatchNorm), relative to the others'.
         muon_lr_scale: that of the convolutions, where Muon steps them.
@@ -64,13 +64,12 @@ def make_optimizer(
 
     Args:
         groups: from `parameter_groups`.
-        kind: "adam", "adamw", "soap", "sgd" (Nesterov) or "muon".
+        kind: "adam", "adamw", "sgd" (Nesterov) or "muon".
         lr: of a group whose `lr_scale` is 1.
-        precision: "fp32" or "bf16", of Muon's and SOAP's matrix products.
+        precision: "fp32" or "bf16", of Muon's matrix products.
     """
-    if kind in ("muon", "soap"):
-        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        return (Muon if kind == "muon" else Soap)(groups, lr, dtype)
+    if kind == "muon":
+        return Muon(groups, lr, torch.bfloat16 if precision == "bf16" else torch.float32)
     if kind == "sgd":
         sgd = torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True, fused=True)
         for parameter in (p for group in groups for p in group["params"]):
@@ -140,107 +139,3 @@ def orthogonalize(matrix: Tensor) -> Tensor:
         square = x @ x.T
         x = 3.4445 * x + (-4.775 * square + 2.0315 * square @ square) @ x
     return x
-
-
-class Soap(torch.optim.Optimizer):
-    """AdamW along the eigenvectors of a convolution's gradients (Vyas et al., arXiv:2409.11321).
-
-    Adam scales each weight by its own gradients, as if weights did not move together. In the basis
-    of the eigenvectors of their covariance they do not. That basis, of the shorter side of the
-    flattened kernels, follows the gradients slowly; the first step only finds it. Matrices and
-    vectors take AdamW's own steps: a classifier's few outputs leave linear layers gradients whose
-    covariance has no inverse, and most directions of the basis to chance.
-
-    Args:
-        groups: of parameters.
-        lr: learning rate.
-        dtype: of the matrix products.
-    """
-
-    found_inf: Tensor  # not 0: this step is to change nothing
-    betas = 0.9, 0.99  # of gradients, and of their squares; see `make_optimizer`
-    beta_covariance = 0.95
-    interval = 20  # steps from one basis to the next
-
-    def __init__(self, groups: list[dict[str, Any]], lr: float, dtype: torch.dtype):
-        super().__init__(groups, {"lr": lr, "weight_decay": 0.0})
-        self.dtype = dtype
-
-    @torch.no_grad()
-    def step(self) -> None:
-        """Updates every parameter from its gradient."""
-        takes, (beta1, beta2) = 1 - self.found_inf, self.betas  # 0: this step changes nothing
-        for group in self.param_groups:
-            lr = group["lr"] * takes
-            for parameter in group["params"]:
-                state, weight, turned = self.state[parameter], parameter, parameter.ndim == 4
-                gradient = torch.where(takes > 0, parameter.grad, 0)
-                if turned:  # channels last, as kernels lie in memory
-                    weight = weight.permute(0, 2, 3, 1)
-                    gradient = _shorter_side_first(gradient.permute(0, 2, 3, 1).flatten(1))
-                if not state:
-                    state |= self._beginning(gradient, turned)
-                state["count"] += takes
-                if turned:
-                    square = self._product(gradient, gradient.T)
-                    state["covariance"].lerp_(square, takes * (1 - self.beta_covariance))
-                    gradient = self._product(state["basis"].T, gradient)
-                first = state["exp_avg"].lerp_(gradient, takes * (1 - beta1))
-                second = state["exp_avg_sq"].lerp_(gradient.square(), takes * (1 - beta2))
-                ahead = first / second.sqrt().add_(1e-8)
-                if turned:
-                    ahead = self._product(state["basis"], ahead)
-                    ahead = (ahead if len(ahead) == len(weight) else ahead.T).reshape(weight.shape)
-                count = state["count"].clamp(min=1)
-                unbiased = (1 - beta2**count).sqrt() / (1 - beta1**count)
-                weight.mul_(1 - lr * group["weight_decay"])
-                weight.addcmul_(ahead, lr * unbiased, value=-1)
-
-    @torch.no_grad()
-    def after_step(self, done: int) -> None:
-        """Brings the bases up to date, if it is time; no part of a step that a GPU replays.
-
-        Each comes nearer to the eigenvectors by one power iteration.
-
-        Args:
-            done: steps of the training before the one just taken.
-        """
-        if done % self.interval:
-            return
-        for state in self.state.values():
-            if "basis" not in state:
-                continue
-            old, covariance = state["basis"], state["covariance"]
-            if done:
-                along = covariance @ old
-                order = (old * along).sum(0).argsort(descending=True)
-                new = torch.linalg.qr(_able(along[:, order]))[0].to(old.device)
-                state["exp_avg"].copy_(new.T @ old @ state["exp_avg"])
-                state["exp_avg_sq"].copy_(state["exp_avg_sq"][order])
-            else:  # the moments begin in the basis
-                new = torch.linalg.eigh(_able(covariance))[1].to(old.device)
-                for name in ("count", "exp_avg", "exp_avg_sq"):
-                    state[name].zero_()
-            old.copy_(new)
-
-    def _beginning(self, gradient: Tensor, turned: bool) -> dict[str, Tensor]:
-        zero = torch.zeros_like(gradient)
-        # Not "step": torch would leave that on the CPU when a state is loaded.
-        state = {"count": zero.new_zeros(()), "exp_avg": zero, "exp_avg_sq": zero.clone()}
-        if turned:
-            side = len(gradient)
-            state["basis"] = torch.eye(side, dtype=zero.dtype, device=zero.device)
-            state["covariance"] = torch.zeros_like(state["basis"])
-        return state
-
-    def _product(self, a: Tensor, b: Tensor) -> Tensor:
-        return (a.to(self.dtype) @ b.to(self.dtype)).to(a.dtype)
-
-
-def _shorter_side_first(matrix: Tensor) -> Tensor:
-    return matrix.T if len(matrix) > matrix.shape[1] else matrix
-
-
-def _able(matrix: Tensor) -> Tensor:
-    """A matrix where torch can factorise it: on a CPU or a GPU with CUDA."""
-    return matrix if matrix.is_cuda else matrix.cpu()

@@ -146,7 +146,6 @@ def train_batches(settings: Settings, splits: Splits, side: int) -> TrainBatches
         small_first=sizes(settings.small_first),
         num_epochs=settings.epochs,
         part=(processes.RANK, processes.SIZE),
-        hardest=getattr(settings, "hardest", 1.0),  # a pretrained network gains nothing by it
     )
 
 

@@ -152,7 +152,7 @@ class CustomSettings(Settings):
         choices=("tutorial", "slim", "wide", "wider", "widest"),
     )
     optimizer: str = setting(
-        None, FIT, "how gradients become steps", choices=("adam", "adamw", "soap", "sgd", "muon")
+        None, FIT, "how gradients become steps", choices=("adam", "adamw", "sgd", "muon")
     )
     schedule: str = setting(None, FIT, "how the learning rate falls", choices=("cosine", "linear"))
     bias_lr_scale: float = setting(
@@ -163,13 +163,6 @@ class CustomSettings(Settings):
     )
     batchnorm_momentum: float = setting(
         None, FIT, "share of the newest batch in BatchNorm's memory", at_least=1e-3, below=1.001
-    )
-    hardest: float = setting(
-        None,
-        FIT,
-        "share of the images, those with the largest loss, that most epochs keep to",
-        at_least=0.01,
-        below=1.001,
     )
 
 

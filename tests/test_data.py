@@ -126,23 +126,6 @@ def test_small_images_come_first_and_the_share_of_the_work_rises_to_one(split):
     assert (shares[0], shares[-1]) == (0, pytest.approx(1))
 
 
-def test_most_epochs_keep_to_the_images_with_the_largest_loss_when_last_seen(split):
-    loader, count = batches(split, 48, hardest=0.6, num_epochs=8, flip="alternating"), 320
-    losses = torch.zeros(count)
-    for epoch in range(8):
-        hardest = losses.argsort(descending=True)[:192] if 2 <= epoch < 7 else torch.arange(count)
-        given = torch.zeros(count, dtype=torch.int64)
-        for step, (_, labels) in enumerate(loader.epoch(epoch)):
-            losses[labels] = torch.rand(len(labels)) + labels % 3
-            loader.note(step, losses[labels])
-            given += labels.bincount(minlength=count)
-        assert torch.equal(given.nonzero().flatten(), hardest.sort().values)
-        assert given.sum() == count  # as often as it takes
-        assert given.max() - given[hardest].min() <= 1
-        assert torch.equal(loader.state["losses"], losses)
-    assert step + 1 == loader.num_steps
-
-
 def test_alternating_flip_shows_each_image_both_ways_in_two_epochs(split):
     loader = batches(split, flip="alternating")
     plain = data.normalize(split.images, HALF)

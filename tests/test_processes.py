@@ -90,7 +90,7 @@ def learn(model, trained, batches, optimizer):
     """Trains in float64; every process must hold the same numbers after every step."""
     groups = parameter_groups(trained, optimizer=optimizer, weight_decay=0.1, muon_lr_scale=30)
     optimizer = make_optimizer(groups, optimizer, 3e-3, "fp32")
-    optimizer.dtype = torch.float64  # Muon's and SOAP's
+    optimizer.dtype = torch.float64  # Muon's
     network = processes.shared(trained)
     for _ in engine.train(network, optimizer, Doubles(batches), epochs=2, lr=3e-3, warmup=0.2):
         assert len(set(processes.from_all(checkpoint.digest(flat(model))))) == 1
@@ -108,7 +108,7 @@ def part():
     return {"part": (processes.RANK, processes.SIZE), "num_epochs": 2}
 
 
-def custom_cnn(optimizer, **options):
+def custom_cnn(optimizer):
     split, stats = sample_split(320)
     torch.manual_seed(0)
     surgery = models.NETWORKS["slim"] | {"widths": (8, 8, 16, 16, 16, 16), "hidden": (16, 16)}
@@ -116,14 +116,8 @@ def custom_cnn(optimizer, **options):
     models.begin_from_images(model, data.normalize(split.images, stats))
     model.double()
     moved = data.Augmentation("alternating", translate=2, cutout=4)
-    options = part() | options
-    batches = data.TrainBatches(split, stats, 61, augmentation=moved, side=16, **options)
+    batches = data.TrainBatches(split, stats, 61, augmentation=moved, side=16, **part())
     return learn(model, model, batches, optimizer)
-
-
-def hardest(optimizer):
-    """The second epoch of three keeps to the hardest images."""
-    return custom_cnn(optimizer, hardest=0.4, num_epochs=3)
 
 
 def fine_tuned(unfreeze, cached, num_images, batch_size):
@@ -145,8 +139,6 @@ def fine_tuned(unfreeze, cached, num_images, batch_size):
 TRAININGS = {
     "CNN, Muon": (custom_cnn, "muon"),
     "CNN, AdamW": (custom_cnn, "adamw"),
-    "CNN, SOAP": (custom_cnn, "soap"),
-    "CNN, hardest images": (hardest, "adamw"),
     "mobilenet": (fine_tuned, "last", False, 40, 13),
     # Of four images a batch, some processes' share is none.
     "mobilenet, cached": (fine_tuned, "last", True, 22, 4),
