@@ -42,16 +42,10 @@ def parameter_groups(
     groups = [
         {"params": others[len(inner) :], "weight_decay": weight_decay, "lr_scale": lr_scale},
         {"params": vectors, "weight_decay": of_vectors, "lr_scale": lr_scale * bias_lr_scale},
-        *(
-            {
-                "params": [p for p in inner if p.ndim == ndim],
-                "orthogonal": True,
-                "momentum": 0.6,
-                "lr_scale": lr_scale * muon_lr_scale * relative,
-            }
-            for ndim, relative in ((4, 1.0), (2, MUON_LINEAR))
-        ),
     ]
+    for ndim, relative in ((4, muon_lr_scale), (2, muon_lr_scale * MUON_LINEAR)):
+        turned = {"params": [p for p in inner if p.ndim == ndim], "lr_scale": lr_scale * relative}
+        groups.append(turned | {"orthogonal": True, "momentum": 0.6})
     return [group for group in groups if group["params"]]
 
 

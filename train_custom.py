@@ -79,13 +79,7 @@ def train(settings: CustomSettings, command: str) -> None:
         precision = loading.settle_precision(settings, model, batches, claimed.state)
         as_products(model, precision, device)
 
-        groups = parameter_groups(
-            model,
-            optimizer=settings.optimizer,
-            weight_decay=settings.weight_decay,
-            bias_lr_scale=settings.bias_lr_scale,
-            muon_lr_scale=settings.muon_lr / settings.lr,
-        )
+        groups = parameter_groups(model, **loading.grouping(settings))
         optimizer = make_optimizer(groups, settings.optimizer, settings.lr, precision)
         network = compile_or_not(processes.shared(model), settings.compile, device)
 

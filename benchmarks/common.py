@@ -100,13 +100,7 @@ class Job:
         groups = (
             finetune.parameter_groups(self.model, settings)
             if tuning
-            else parameter_groups(
-                self.model,
-                optimizer=settings.optimizer,
-                weight_decay=settings.weight_decay,
-                bias_lr_scale=settings.bias_lr_scale,
-                muon_lr_scale=settings.muon_lr / settings.lr,
-            )
+            else parameter_groups(self.model, **loading.grouping(settings))
         )
         self.optimizer = make_optimizer(groups, settings.optimizer, settings.lr, self.precision)
         network = compile_or_not(self.model, settings.compile, device)

@@ -1,6 +1,7 @@
 """What a run begins from: the data its settings name, and the weights."""
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ from data import Augmentation, Splits, TrainBatches, make_splits
 from errors import UnusableInput, printable
 from runs import processes
 from runs.device import choose_precision
-from runs.settings import Settings, sizes
+from runs.hardest import HardestBatches
+from runs.settings import CustomSettings, Settings, sizes
 from storage import checkpoint
 from storage.files import sha256
 
@@ -138,7 +140,10 @@ def settle_precision(
 def train_batches(settings: Settings, splits: Splits, side: int) -> TrainBatches:
     """The batches a training sees, of images that come to have this side, pixels."""
     names = [entry.name for entry in dataclasses.fields(Augmentation)]  # settings bear them too
-    return TrainBatches(
+    make, hardest = TrainBatches, getattr(settings, "hardest", 1.0)
+    if hardest < 1:
+        make = partial(HardestBatches, hardest=hardest)
+    return make(
         *(splits.train, splits.stats, settings.batch_size),
         augmentation=Augmentation(**{name: getattr(settings, name) for name in names}),
         seed=settings.seed,
@@ -147,6 +152,13 @@ def train_batches(settings: Settings, splits: Splits, side: int) -> TrainBatches
         num_epochs=settings.epochs,
         part=(processes.RANK, processes.SIZE),
     )
+
+
+def grouping(settings: CustomSettings) -> dict[str, Any]:
+    """What `optimizers.parameter_groups` takes of the settings."""
+    names = ("optimizer", "weight_decay", "bias_lr_scale")
+    taken = {name: getattr(settings, name) for name in names}
+    return taken | {"muon_lr_scale": settings.muon_lr / settings.lr}
 
 
 def learning(settings: Settings) -> dict[str, Any]:
