@@ -201,9 +201,6 @@ class TrainBatches:
             that side. What is learned from small images serves large ones, for fewer operations.
         num_epochs: of the whole training, of which `small_first` gives shares.
         part: (rank, number of processes): only that part of each batch is made.
-
-    Attributes:
-        state: what a resumed training needs besides; empty, but for the batches of `runs.hardest`.
     """
 
     def __init__(
@@ -224,7 +221,6 @@ class TrainBatches:
         self.num_epochs, self.part = num_epochs, part
         self.num_images = len(split.labels)
         self.num_steps = -(-self.num_images // batch_size)  # of an epoch
-        self.state: dict[str, Tensor] = {}
         self.flipped_first = torch.rand(self.num_images, generator=self._stream(_FIRST_FLIP)) < 0.5
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
@@ -274,17 +270,13 @@ class TrainBatches:
         state = np.random.SeedSequence((self.seed, *key)).generate_state(1, np.uint64)
         return torch.Generator().manual_seed(int(state[0]) >> 1)
 
-    def _order(self, epoch: int, stream: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Indices of the images (N,), and how often each has been shown, mirrored or not."""
-        return torch.randperm(self.num_images, generator=stream), torch.tensor(epoch)
-
     def _draw(self, epoch: int) -> Draws:
         kind, reach, hole = vars(self.augmentation).values()
         stream, count = self._stream(_ORDER, epoch), self.num_images
-        chosen, times = self._order(epoch, stream)
+        chosen = torch.randperm(count, generator=stream)
         flipped = torch.rand(count, generator=stream) < (0.5 if kind == "random" else 0)
         if kind == "alternating":
-            flipped = self.flipped_first[chosen] ^ (times % 2 == 1)
+            flipped = self.flipped_first[chosen] ^ (epoch % 2 == 1)
         shifts = torch.randint(-reach, reach + 1, (count, 2), generator=stream)
         corners = [  # the hole may hang over the border, as in the paper
             torch.randint(min(1 - hole, 0), size, (count,), generator=stream)

@@ -92,8 +92,7 @@ def train(
     Args:
         model: on its device.
         optimizer: over groups that carry `lr_scale`; made by `optimizers.make_optimizer`.
-        batches: a pure function of (epoch, step), and of the losses (B,) of each step that
-            `note(step, losses)` was told, if it has that.
+        batches: a pure function of (epoch, step).
         epochs: passes over the training images.
         lr: peak learning rate of a group whose `lr_scale` is 1.
         warmup: see `lr_factor`.
@@ -119,9 +118,7 @@ def train(
             if processes() > 1:  # gradients are averaged over the processes
                 images = (batches.num_images + batches.num_steps - 1 - at.step) // batches.num_steps
                 take_step.keywords["count"] = images / processes()
-            measured, bad, losses = take_step(x, labels, at.lr)
-            if note := getattr(batches, "note", None):
-                note(at.step, losses)
+            measured, bad = take_step(x, labels, at.lr)
             at.sums += measured
             at.bad_step = torch.where((at.bad_step < 0) & bad, done, at.bad_step)
             at.step += 1
@@ -140,7 +137,7 @@ def train_step(
     precision: str = "fp32",
     label_smoothing: float = 0.0,
     count: float | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """One optimiser step; it changes nothing at all where loss or gradient are not finite.
 
     Neither parameters, nor the optimiser's moments, nor BatchNorm's running statistics then move.
@@ -156,14 +153,13 @@ def train_step(
         count: images the loss is a mean over, where these are a part of a larger batch.
 
     Returns:
-        (3,) summed loss (nats), correct predictions and images; whether a number was not finite
-        (bool); and the loss of each image (B,). They stay on the device: nothing waits for it.
+        (3,) summed loss (nats), correct predictions and images; and whether a number was not finite
+        (bool). Both stay on the device, so that nothing waits for it.
     """
     buffers = list(model.buffers())
     before = [buffer.clone() for buffer in buffers]
     logits = forward(model, x, precision)
-    losses = F.cross_entropy(logits, labels, reduction="none", label_smoothing=label_smoothing)
-    loss = losses.sum()
+    loss = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=label_smoothing)
     (loss / (count or len(labels))).backward()
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
     for group in optimizer.param_groups:
@@ -180,7 +176,7 @@ def train_step(
             buffer.copy_(torch.where(bad, old, buffer))
     correct = (logits.detach().argmax(1) == labels).sum()
     size = torch.full_like(correct, len(labels))
-    return torch.stack([loss.detach(), correct, size]), bad, losses.detach()
+    return torch.stack([loss.detach(), correct, size]), bad
 
 
 def forward(model: nn.Module, x: Tensor, precision: str) -> Tensor:

@@ -1,7 +1,6 @@
 """What a run begins from: the data its settings name, and the weights."""
 
 import dataclasses
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ from data import Augmentation, Splits, TrainBatches, make_splits
 from errors import UnusableInput, printable
 from runs import processes
 from runs.device import choose_precision
-from runs.hardest import HardestBatches
 from runs.settings import CustomSettings, Settings, sizes
 from storage import checkpoint
 from storage.files import sha256
@@ -140,10 +138,7 @@ def settle_precision(
 def train_batches(settings: Settings, splits: Splits, side: int) -> TrainBatches:
     """The batches a training sees, of images that come to have this side, pixels."""
     names = [entry.name for entry in dataclasses.fields(Augmentation)]  # settings bear them too
-    make, hardest = TrainBatches, getattr(settings, "hardest", 1.0)
-    if hardest < 1:
-        make = partial(HardestBatches, hardest=hardest)
-    return make(
+    return TrainBatches(
         *(splits.train, splits.stats, settings.batch_size),
         augmentation=Augmentation(**{name: getattr(settings, name) for name in names}),
         seed=settings.seed,

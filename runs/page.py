@@ -143,9 +143,8 @@ def _curves(history: Sequence[Row], steps: Sequence[Sequence[float]]) -> str:
                 key += f'<span class="{kind}">{KINDS[kind]} <b>{line[-1][1]:.3g}</b></span>'
         body += f'<div><h3>{heading} by {unit}</h3><p class="key">{key}</p>'
         body += f'<svg class="plot">{marks}</svg></div>'
-    return f"""<h2>Learning curves</h2><p class="dim">Training: augmented images, in some recipes
-mostly the hardest, weights still moving, label smoothing in the loss. Validation: images as they
-are, weights at the epoch's end.</p>
+    return f"""<h2>Learning curves</h2><p class="dim">Training: augmented images, weights still
+moving, label smoothing in the loss. Validation: images as they are, weights at the epoch's end.</p>
 <div class="charts">{body}</div>"""
 
 

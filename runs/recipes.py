@@ -26,7 +26,6 @@ _RECIPES: dict[str, tuple] = {
     "translate":          (0,           4,             2,          4),
     "cutout":             (0,           8,             0,          12),
     "small_first":        ("",          "0.5:24",      "0.5:24",   "0.5:24"),
-    "hardest":            (1.0,         1.0,           1.0,        1.0),
     "val_fraction":       (0.04,        0.02,          0.02,       0.02),
 }  # fmt: skip
 

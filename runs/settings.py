@@ -164,13 +164,6 @@ class CustomSettings(Settings):
     batchnorm_momentum: float = setting(
         None, FIT, "share of the newest batch in BatchNorm's memory", at_least=1e-3, below=1.001
     )
-    hardest: float = setting(
-        None,
-        FIT,
-        "share of the images, those with the largest loss, that most epochs keep to",
-        at_least=0.01,
-        below=1.001,
-    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,6 @@ Row = dict[str, Any]
 # How the code behaved before a setting existed, for runs whose config.json lacks it.
 ABSENT = {
     **{"small_first": "", "schedule": "cosine", "batchnorm_momentum": 0.1, "muon_lr": 0.0},
-    "hardest": 1.0,
     **dict.fromkeys(("pictures", "image_size", "weights")),
 }
 

@@ -209,7 +209,6 @@ class Training:
             "device_rng": list(device_random),
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "batches": self.batches.state,
         }
         written = _kept(checkpoint.save_state, self.run.state_path, state, self.kept)
         if written:
@@ -220,8 +219,6 @@ class Training:
     def _restore(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        for key, value in state.get("batches", {}).items():  # older states have none
-            self.batches.state[key] = value.to(self.device)
         rank = processes.RANK
         if rank < len(state["rng"]):  # others, of a run with fewer processes before, keep their own
             torch.set_rng_state(state["rng"][rank])

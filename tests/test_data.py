@@ -9,7 +9,6 @@ import torch
 from conftest import ROOT
 
 import data
-from runs.hardest import HardestBatches
 
 HALF = data.ChannelStats((0.5,) * 3, (0.25,) * 3)
 CPU = torch.device("cpu")
@@ -24,8 +23,7 @@ def split(sample):
 
 def batches(split, batch_size=48, seed=0, flip="none", translate=0, cutout=0, **options):
     changes = data.Augmentation(flip, translate, cutout)
-    make = HardestBatches if "hardest" in options else data.TrainBatches
-    return make(split, HALF, batch_size, augmentation=changes, seed=seed, **options)
+    return data.TrainBatches(split, HALF, batch_size, augmentation=changes, seed=seed, **options)
 
 
 ALONE = """
@@ -126,23 +124,6 @@ def test_small_images_come_first_and_the_share_of_the_work_rises_to_one(split):
     shares.append(loader.share_done(2, 0))
     np.testing.assert_allclose(np.diff(shares), np.square(sides) / np.square(sides).sum())
     assert (shares[0], shares[-1]) == (0, pytest.approx(1))
-
-
-def test_most_epochs_keep_to_the_images_with_the_largest_loss_when_last_seen(split):
-    loader, count = batches(split, 48, hardest=0.6, num_epochs=8, flip="alternating"), 320
-    losses = torch.zeros(count)
-    for epoch in range(8):
-        hardest = losses.argsort(descending=True)[:192] if 2 <= epoch < 7 else torch.arange(count)
-        given = torch.zeros(count, dtype=torch.int64)
-        for step, (_, labels) in enumerate(loader.epoch(epoch)):
-            losses[labels] = torch.rand(len(labels)) + labels % 3
-            loader.note(step, losses[labels])
-            given += labels.bincount(minlength=count)
-        assert torch.equal(given.nonzero().flatten(), hardest.sort().values)
-        assert given.sum() == count  # as often as it takes
-        assert given.max() - given[hardest].min() <= 1
-        assert torch.equal(loader.state["losses"], losses)
-    assert step + 1 == loader.num_steps
 
 
 def test_alternating_flip_shows_each_image_both_ways_in_two_epochs(split):

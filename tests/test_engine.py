@@ -18,7 +18,6 @@ import engine
 import models
 from optimizers import make_optimizer, parameter_groups
 from runs import device, processes, small_maps
-from runs.hardest import HardestBatches
 from storage.checkpoint import digest
 
 CPU = torch.device("cpu")
@@ -77,9 +76,7 @@ def batches(sample, **options):
     images = torch.from_numpy(sample["train_images"][:96])
     split = data.Split(images, torch.from_numpy(sample["train_labels"][:96]).long())
     stats, changes = data.channel_stats(sample["train_images"]), data.Augmentation("random", 2, 4)
-    options = {"num_epochs": 2} | options
-    make = HardestBatches if "hardest" in options else data.TrainBatches
-    return make(split, stats, 32, augmentation=changes, **options)
+    return data.TrainBatches(split, stats, 32, augmentation=changes, num_epochs=2, **options)
 
 
 def test_learning_rate_rises_linearly_and_falls_as_a_cosine_or_a_line_to_zero():
@@ -126,27 +123,6 @@ def test_training_entered_within_an_epoch_gives_the_same_bits(sample, kind, smal
     *_, at = engine.train(*rest, loader, progress=at, **LEARNING)
     assert whole_state(*rest) == whole_state(*whole)
     assert torch.equal(at.sums, end.sums)
-
-
-def test_hardest_images_are_the_same_when_a_training_is_entered_within_an_epoch(sample):
-    def part(loader, stop=None, begun=None, at=None):
-        trained = beginning()
-        for own, other in zip(trained, begun or (), strict=False):
-            own.load_state_dict(other.state_dict())
-        for now in engine.train(*trained, loader, **LEARNING | {"epochs": 4}, progress=at):
-            if (now.epoch, now.step) == stop:
-                break
-        return trained, engine.Progress(now.epoch, now.step, sums=now.sums.clone())
-
-    options = {"hardest": 0.5, "num_epochs": 4}
-    whole, stopped, rest = (batches(sample, **options) for _ in range(3))
-    end, _ = part(whole)
-    half, at = part(stopped, stop=(2, 1))
-    assert len(set(stopped.state["losses"].tolist())) == 96
-    for key, value in stopped.state.items():
-        rest.state[key] = value.clone()
-    assert whole_state(*part(rest, begun=half, at=at)[0]) == whole_state(*end)
-    assert digest(rest.state) == digest(whole.state)
 
 
 @pytest.mark.parametrize("kind", ["adam", "adamw", "sgd", "muon"])

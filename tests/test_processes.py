@@ -26,7 +26,6 @@ import models
 import train_custom
 from optimizers import make_optimizer, parameter_groups
 from runs import features, processes, reports
-from runs.hardest import HardestBatches
 from sources import cifar10
 from storage import checkpoint
 
@@ -75,8 +74,6 @@ class Doubles:
     def __init__(self, batches):
         self.batches = batches
         self.num_images, self.num_steps = batches.num_images, batches.num_steps
-        if hasattr(batches, "note"):
-            self.note = batches.note
 
     def epoch(self, epoch, first_step=0):
         for x, labels in self.batches.epoch(epoch, first_step):
@@ -111,7 +108,7 @@ def part():
     return {"part": (processes.RANK, processes.SIZE), "num_epochs": 2}
 
 
-def custom_cnn(optimizer, **options):
+def custom_cnn(optimizer):
     split, stats = sample_split(320)
     torch.manual_seed(0)
     surgery = models.NETWORKS["slim"] | {"widths": (8, 8, 16, 16, 16, 16), "hidden": (16, 16)}
@@ -119,15 +116,8 @@ def custom_cnn(optimizer, **options):
     models.begin_from_images(model, data.normalize(split.images, stats))
     model.double()
     moved = data.Augmentation("alternating", translate=2, cutout=4)
-    options = part() | options
-    make = HardestBatches if "hardest" in options else data.TrainBatches
-    batches = make(split, stats, 61, augmentation=moved, side=16, **options)
+    batches = data.TrainBatches(split, stats, 61, augmentation=moved, side=16, **part())
     return learn(model, model, batches, optimizer)
-
-
-def hardest(optimizer):
-    """The second epoch of three keeps to the hardest images."""
-    return custom_cnn(optimizer, hardest=0.4, num_epochs=3)
 
 
 def fine_tuned(unfreeze, cached, num_images, batch_size):
@@ -149,7 +139,6 @@ def fine_tuned(unfreeze, cached, num_images, batch_size):
 TRAININGS = {
     "CNN, Muon": (custom_cnn, "muon"),
     "CNN, AdamW": (custom_cnn, "adamw"),
-    "CNN, hardest images": (hardest, "adamw"),
     "mobilenet": (fine_tuned, "last", False, 40, 13),
     # Of four images a batch, some processes' share is none.
     "mobilenet, cached": (fine_tuned, "last", True, 22, 4),
