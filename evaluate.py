@@ -5,8 +5,8 @@ import os
 import sys
 from pathlib import Path
 
+from config import commandline
 from errors import UnusableInput, printable
-from runs import commandline
 
 EXAMPLES = """\
 examples:
@@ -68,10 +68,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def evaluate(args: argparse.Namespace) -> None:
     """Does what the command line says and prints it; what fails does not keep others from it."""
-    from runs import processes, tables
-    from runs.classify import classify
-    from runs.device import select_device
-    from runs.judging import judge_checkpoint
+    from reports import tables
+    from reports.judging import judge_checkpoint
+    from reports.predictions import classify
+    from runtime import processes
+    from runtime.device import select_device
     from storage import checkpoint
 
     problems = []

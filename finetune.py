@@ -3,8 +3,9 @@
 import sys
 from typing import TYPE_CHECKING, Any
 
-from runs import commandline, recipes, run
-from runs.settings import FineTuneSettings
+from config import commandline, recipes
+from config.settings import FineTuneSettings
+from runs import run
 
 if TYPE_CHECKING:
     from data import Splits, TrainBatches
@@ -79,11 +80,13 @@ def train(settings: FineTuneSettings, command: str) -> None:
     from data import ChannelStats, inputs
     from optimizers import make_optimizer
     from pretrained import freeze
-    from runs import loading, processes, records, reports
-    from runs.device import compile_or_not, now, prepare, select_device
+    from reports import evaluation, provenance
+    from runs import loading
     from runs.features import feature_inputs, of_trunk
-    from runs.small_maps import as_products
     from runs.training import Training
+    from runtime import processes
+    from runtime.amx import as_products
+    from runtime.device import compile_or_not, now, prepare, select_device
 
     with (
         processes.joined(select_device(settings.device)) as device,
@@ -96,10 +99,10 @@ def train(settings: FineTuneSettings, command: str) -> None:
         model, surgery, batches = begin(settings, splits)
         weights = loading.start_weights(model, settings.weights, settings.arch, splits.classes)
         trunk, tail = freeze(model, settings.unfreeze)
-        reports.draw_batch(claimed, batches, splits)
+        evaluation.draw_batch(claimed, batches, splits)
         precision = loading.settle_precision(settings, model, batches, claimed.state)
         as_products(model, precision, device)
-        described = records.describe(
+        described = provenance.describe(
             *(claimed, settings, model, splits, precision),
             arch=settings.arch,
             surgery=surgery,
@@ -134,7 +137,7 @@ def train(settings: FineTuneSettings, command: str) -> None:
             ),
             validate if splits.val else None,
         )
-        reports.finish(training, model, splits, tta="flip")
+        evaluation.finish(training, model, splits, tta="flip")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -3,8 +3,9 @@
 import sys
 from typing import TYPE_CHECKING, Any
 
-from runs import commandline, recipes, run
-from runs.settings import CustomSettings
+from config import commandline, recipes
+from config.settings import CustomSettings
+from runs import run
 
 if TYPE_CHECKING:
     from torch import nn
@@ -61,10 +62,12 @@ def train(settings: CustomSettings, command: str) -> None:
     import engine
     from data import inputs
     from optimizers import make_optimizer, parameter_groups
-    from runs import loading, processes, records, reports
-    from runs.device import compile_or_not, prepare, select_device
-    from runs.small_maps import as_products
+    from reports import evaluation, provenance
+    from runs import loading
     from runs.training import Training
+    from runtime import processes
+    from runtime.amx import as_products
+    from runtime.device import compile_or_not, prepare, select_device
 
     with (
         processes.joined(select_device(settings.device)) as device,
@@ -75,7 +78,7 @@ def train(settings: CustomSettings, command: str) -> None:
 
         model, surgery, batches = begin(settings, splits)
         weights = loading.start_weights(model, settings.weights, "custom_cnn", splits.classes)
-        reports.draw_batch(claimed, batches, splits)
+        evaluation.draw_batch(claimed, batches, splits)
         precision = loading.settle_precision(settings, model, batches, claimed.state)
         as_products(model, precision, device)
 
@@ -83,7 +86,7 @@ def train(settings: CustomSettings, command: str) -> None:
         optimizer = make_optimizer(groups, settings.optimizer, settings.lr, precision)
         network = compile_or_not(processes.shared(model), settings.compile, device)
 
-        described = records.describe(
+        described = provenance.describe(
             *(claimed, settings, model, splits, precision),
             arch="custom_cnn",
             surgery=surgery,
@@ -106,7 +109,7 @@ def train(settings: CustomSettings, command: str) -> None:
             ),
             validate if splits.val else None,
         )
-        reports.finish(training, model, splits, tta="crops")
+        evaluation.finish(training, model, splits, tta="crops")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -22,9 +22,10 @@ import torch
 import metrics
 import models
 from benchmarks import common
+from config import recipes
 from data import Splits, make_splits
-from runs import recipes, reports
-from runs.device import now
+from reports import evaluation
+from runtime.device import now
 from sources.cifar10 import cifar10
 from storage.files import write_atomically
 
@@ -108,7 +109,7 @@ def train(variant: str, seed: int, splits: Splits, args: Namespace) -> dict[str,
     begin = now(args.device)
     average(job, averaging, settings.epochs * job.batches.num_steps)
     seconds = now(args.device) - begin
-    both = reports.predict_split(job.model, splits.val, splits.stats, job.batches.side, "crops")
+    both = evaluation.predict_split(job.model, splits.val, splits.stats, job.batches.side, "crops")
     plain, tta = (metrics.top1(logits, splits.val.labels.cpu()) for logits in both)
     found = {"epochs": settings.epochs, "top1": plain, "top1_tta": tta, "seconds": seconds}
     return found | {"flop": common.training_flop(job.model, job.batches)}

@@ -25,13 +25,15 @@ from torchvision.datasets import CIFAR10
 import engine
 import finetune
 import train_custom
+from config import commandline
+from config.settings import CustomSettings, FineTuneSettings, Settings
 from data import ChannelStats, Split, Splits, TrainBatches
 from optimizers import make_optimizer, parameter_groups
 from pretrained import freeze
-from runs import commandline, loading, records
-from runs.device import choose_precision, compile_or_not, now, prepare, select_device
-from runs.settings import CustomSettings, FineTuneSettings, Settings
-from runs.small_maps import as_products
+from reports import provenance
+from runs import loading
+from runtime.amx import as_products
+from runtime.device import choose_precision, compile_or_not, now, prepare, select_device
 from storage.files import write_json
 
 RESULTS = Path(__file__).parent.parent / "results" / "benchmarks"
@@ -49,14 +51,14 @@ def parser(script: str, description: str, device: str = "auto") -> argparse.Argu
     return made
 
 
-def measured(figures: dict[str, Any], device: torch.device = records.CPU) -> dict[str, Any]:
+def measured(figures: dict[str, Any], device: torch.device = provenance.CPU) -> dict[str, Any]:
     """A benchmark's figures after the command, day, machine and code they come from."""
     words = ["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]]
     return {
         "command": commandline.quoted(words),
         "date": date.today().isoformat(),
-        "revision": records.revision(),
-        "environment": records.environment(device),
+        "revision": provenance.revision(),
+        "environment": provenance.environment(device),
         **figures,
     }
 

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import finetune
 from benchmarks import common
-from runs.recipes import BY_NETWORK
+from config.recipes import BY_NETWORK
 
 KEYS = ("arch", "unfreeze", "epochs", "limit", "precision")
 

@@ -24,11 +24,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from matplotlib.ticker import LogLocator
 
-import figures
 import finetune
 from benchmarks import common
-from runs import history, reports
-from runs.recipes import BY_NETWORK
+from config.recipes import BY_NETWORK
+from reports import evaluation, figures, history
 from storage.files import write_atomically
 
 PALETTE = figures.BLUE, figures.ORANGE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"
@@ -40,7 +39,7 @@ COLUMNS = (
 
 def train(flags: str, args: Namespace) -> list[dict[str, Any]]:
     """Trains once; returns a row for each epoch, with the minutes since the start."""
-    with tempfile.TemporaryDirectory() as folder, mock.patch.object(reports, "finish") as finish:
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(evaluation, "finish") as finish:
         options = ["--arch", args.arch, "--weights", args.weights, "--limit", str(args.limit)]
         options += ["--data-dir", str(args.data_dir), "--device", str(args.device)]
         options += ["--checkpoint-dir", folder, "--results-dir", folder, "--val-fraction", "0.1"]

@@ -1,4 +1,4 @@
-"""What it gains to keep freed memory (`runs.device.prepare`), on a CPU, job by job."""
+"""What it gains to keep freed memory (`runtime.device.prepare`), on a CPU, job by job."""
 
 import sys
 from pathlib import Path

@@ -31,7 +31,8 @@ from benchmarks.mutations import Code, compressed, damaged, hostile_npz, rewritt
 from data import ChannelStats, Split
 from errors import UnusableInput
 from models import create_model
-from runs import loading, reports
+from reports import evaluation
+from runs import loading
 from sources import cifar10, pictures
 from storage import checkpoint, tensorfile
 from storage.files import sha256
@@ -95,7 +96,7 @@ class Checkpoints(Case):
         """Predicts as evaluate.py does."""
         model, saved = checkpoint.load_model(self.path)
         stats, side = ChannelStats(saved["mean"], saved["std"]), saved.get("image_size", 32)
-        return checkpoint.digest(reports.predict_split(model, self.split, stats, side)[0])
+        return checkpoint.digest(evaluation.predict_split(model, self.split, stats, side)[0])
 
 
 class Weights(Case):

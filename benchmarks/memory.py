@@ -15,8 +15,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks import common
-from runs.history import HEADER
-from runs.recipes import BY_NETWORK, BY_RECIPE
+from config.recipes import BY_NETWORK, BY_RECIPE
+from reports.history import HEADER
 
 ROOT = Path(__file__).parent.parent
 BYTES, SECONDS = 1.5e9, 6.0  # no recipe is to take more

@@ -16,7 +16,7 @@ import torch
 
 import train_custom
 from benchmarks import common
-from runs.device import choose_precision
+from runtime.device import choose_precision
 
 
 def load() -> None:

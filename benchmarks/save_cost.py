@@ -1,8 +1,8 @@
 """What saving the state and renewing the live page cost each recipe, as shares of its training.
 
 Saves are counted by the rule of `runs.training`: at most one an epoch, none before 20 times its own
-duration has passed, and one every few minutes. The page is written by the rule of `runs.live`: once
-in three seconds, and none before 200 times its own duration has passed.
+duration has passed, and one every few minutes. The page is written by the rule of `reports.live`:
+once in three seconds, and none before 200 times its own duration has passed.
 """
 
 import math
@@ -16,9 +16,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import train_custom
 from benchmarks import common
-from runs import page
-from runs.live import MOST_POINTS
-from runs.recipes import BY_RECIPE
+from config.recipes import BY_RECIPE
+from reports import pages
+from reports.live import MOST_POINTS
 from storage import checkpoint
 
 
@@ -47,7 +47,7 @@ def main() -> None:
                 checkpoint.save_state(path, state)
                 times.append(time.perf_counter() - begin)
                 begin = time.perf_counter()
-                page.write(Path(folder), content)
+                pages.write(Path(folder), content)
                 renewals.append(time.perf_counter() - begin)
             size = path.stat().st_size
         save, training = statistics.median(times), epoch * settings.epochs

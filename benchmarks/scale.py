@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import finetune
 import train_custom
 from benchmarks import common
-from runs.recipes import BY_NETWORK
+from config.recipes import BY_NETWORK
 
 BATCH_SIZES = (32, 64, 128, 256, 512, 1024, 2048)
 

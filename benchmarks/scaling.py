@@ -31,7 +31,9 @@ import engine
 import train_custom
 from benchmarks import common
 from models import NETWORKS, create_model
-from runs import loading, processes, records
+from reports import provenance
+from runs import loading
+from runtime import processes
 
 # Number of processes, threads of each, flags.
 SIDES = {
@@ -78,7 +80,7 @@ def computed(name: str, model: nn.Module, second: float, args: Namespace) -> lis
     """What GPUs gain for a network whose step takes one of them so long."""
     leaves = [module for module in model.modules() if not list(module.children())]
     exchanges = 1 + 2 * sum(isinstance(module, _BatchNorm) for module in leaves)
-    size = 4 * records.num_parameters(model)["trainable"]  # gradients are float32 with bf16, too
+    size = 4 * provenance.num_parameters(model)["trainable"]  # gradients are float32 with bf16, too
     rows, pays = [], {"launched": 1, "launching free": 1}
     for number in GPUS:
         compute, launch = second / number, (number > 1) * LAUNCH * len(leaves)

@@ -1,4 +1,4 @@
-"""What it gains to convolve small maps as matrix products (`runs.small_maps`), on a CPU with AMX.
+"""What it gains to convolve small maps as matrix products (`runtime.amx`), on a CPU with AMX.
 
 First layers alone, forwards and backwards, then the steps of whole jobs. Where there is no AMX the
 jobs do not differ.
@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import common
-from runs.device import now, prepare
-from runs.records import CPU
-from runs.small_maps import convolve
+from reports.provenance import CPU
+from runtime.amx import convolve
+from runtime.device import now, prepare
 
 # (images, channels in, channels out, side of the map)
 LAYERS = [

@@ -23,10 +23,10 @@ import torch
 
 import train_custom
 from benchmarks import common
+from config.recipes import BY_RECIPE
+from config.settings import sizes
 from models import create_model
-from runs.device import now
-from runs.recipes import BY_RECIPE
-from runs.settings import sizes
+from runtime.device import now
 
 
 def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:

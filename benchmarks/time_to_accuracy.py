@@ -22,9 +22,10 @@ import torch
 import metrics
 import train_custom
 from benchmarks import common
+from config import recipes
 from models import create_model
-from runs import recipes, reports
-from runs.device import now
+from reports import evaluation
+from runtime.device import now
 from storage.files import write_atomically
 
 TARGETS = (0.8726, 0.90, 0.93, 0.94, 0.95, 0.96)  # the first is what the original project ended at
@@ -65,7 +66,7 @@ def plain(epochs: int, seed: int, args: Namespace) -> dict[str, float]:
     images = common.plain_steps(splits.train, splits.stats, model, size, args.device)
     count = sum(next(images) for _ in range(steps))
     seconds, flop = now(args.device) - begin, float(count * common.flop(model, 32))
-    both = reports.predict_split(model, splits.test, splits.stats, 32, "crops")
+    both = evaluation.predict_split(model, splits.test, splits.stats, 32, "crops")
     scores = (metrics.top1(logits, splits.test.labels.cpu()) for logits in both)
     return {"flop": flop, "seconds": seconds, **dict(zip(VIEWS, scores, strict=True))}
 

@@ -25,7 +25,7 @@ import finetune
 import train_custom
 from benchmarks import common
 from errors import UnusableInput
-from runs import history, page, reports  # noqa: F401  before the fork: no child spends time on it
+from reports import evaluation, history, pages  # noqa: F401  before the fork: no child spends time on it
 from storage import checkpoint, files
 
 # Some steps an epoch on a few hundred real images, some epochs.

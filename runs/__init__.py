@@ -1,1 +1,1 @@
-"""One run: its settings, device, processes, files, signals, history, reports and judging."""
+"""How a run goes on: claim its name, load what it begins from, follow its steps, resume."""

@@ -12,8 +12,8 @@ from tqdm import tqdm
 
 from data import ChannelStats, Draws, Splits, TrainBatches, inputs, send
 from engine import forward
-from runs import processes
-from storage.memory import available_memory
+from runtime import processes
+from runtime.memory import available_memory
 
 
 @torch.inference_mode()

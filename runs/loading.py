@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from config.settings import CustomSettings, Settings, sizes
 from data import Augmentation, Splits, TrainBatches, make_splits
 from errors import UnusableInput, printable
-from runs import processes
-from runs.device import choose_precision
-from runs.settings import CustomSettings, Settings, sizes
+from runtime import processes
+from runtime.device import choose_precision
 from storage import checkpoint
 from storage.files import sha256
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from config.settings import HARMLESS, Settings, flag, typed
 from errors import AlreadyFinished, Stopped, UnusableInput, printable
-from runs.settings import HARMLESS, Settings, flag, typed
 from storage.files import holder, locked, previous, read_json
 
 
@@ -39,7 +39,7 @@ def claim(settings: Settings, default_name: str, command: str) -> Iterator[Run]:
             not given, or was started with other settings.
         AlreadyFinished: the run to resume has finished.
     """
-    from runs import processes  # and torch, which --help need not wait for
+    from runtime import processes  # and torch, which --help need not wait for
 
     with ExitStack() as stack:
         run = None

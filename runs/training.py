@@ -14,14 +14,15 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from config.settings import Settings
 from data import TrainBatches
 from engine import Progress
 from errors import Stopped
-from runs import history, processes, records, signals
-from runs.device import now, rng_state, set_rng_state
-from runs.live import Live
+from reports import history, provenance
+from reports.live import Live
 from runs.run import Run, resume_command
-from runs.settings import Settings
+from runtime import processes, signals
+from runtime.device import now, rng_state, set_rng_state
 from storage import checkpoint
 
 Row = dict[str, Any]
@@ -39,7 +40,7 @@ class Training:
         optimizer: made by `optimizers.make_optimizer`.
         batches: what is learned from.
         precision: "fp32" or "bf16".
-        described: what `records.describe` returned; the live page shows it.
+        described: what `provenance.describe` returned; the live page shows it.
         seconds_before: what was spent on features of a frozen trunk; it counts as training.
         rows: the history, a dict of `history.COLUMNS` for each epoch.
     """
@@ -199,7 +200,7 @@ class Training:
         state = {
             "config": self.settings.plain(),
             "precision": self.precision,
-            "identity": records.identity(self.described),
+            "identity": provenance.identity(self.described),
             "epoch": at.epoch,
             "step": at.step,
             "history": self.rows,

@@ -227,7 +227,7 @@ def folder(
     Raises:
         UnusableInput: the folders are not like this, or the pictures would not fit into memory.
     """
-    from storage.memory import available_memory
+    from runtime.memory import available_memory
 
     name = printable(path)
     classes, listed = _listed(Path(path))

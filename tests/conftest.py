@@ -12,14 +12,14 @@ import pytest
 import torch
 
 import data
-from runs import reports
+from reports import evaluation
 from sources import cifar10
 from storage import checkpoint
 from storage.files import sha256
 
 ROOT = Path(__file__).parent.parent
 SAMPLE = Path(__file__).parent / "sample.npz"  # the first 320 training and 80 test images
-PICTURES = {name: getattr(reports, name) for name in ("draw", "draw_batch")}
+PICTURES = {name: getattr(evaluation, name) for name in ("draw", "draw_batch")}
 
 # Beside another load several threads only wait for each other.
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -49,7 +49,7 @@ def workplace(tmp_path, monkeypatch):
     """An empty working folder whose `data/` holds the sample; runs there draw no pictures."""
     monkeypatch.setattr(cifar10, "SHA256", cifar10.SHA256)  # restored afterwards
     for name in PICTURES:  # they would take most of the time
-        monkeypatch.setattr(reports, name, lambda *_: None)
+        monkeypatch.setattr(evaluation, name, lambda *_: None)
     monkeypatch.chdir(tmp_path)
     use_sample(tmp_path / "data")
     return tmp_path
@@ -59,7 +59,7 @@ def workplace(tmp_path, monkeypatch):
 def drawing(workplace, monkeypatch):
     """As `workplace`, with pictures."""
     for name, function in PICTURES.items():
-        monkeypatch.setattr(reports, name, function)
+        monkeypatch.setattr(evaluation, name, function)
 
 
 class Done(NamedTuple):
@@ -121,7 +121,7 @@ LAUNCH = """
 import sys; from pathlib import Path
 sys.path[:0] = [{root!r}, {tests!r}]
 import conftest; conftest.use_sample(Path("data"))
-vars(conftest.reports).update(dict.fromkeys(conftest.PICTURES, lambda *_: None))
+vars(conftest.evaluation).update(dict.fromkeys(conftest.PICTURES, lambda *_: None))
 {before}
 import {script}; sys.exit({script}.main(sys.argv[1:]))
 """

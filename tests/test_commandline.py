@@ -16,9 +16,9 @@ from conftest import ENVIRONMENT, PIPED, ROOT, SMALL, command
 
 import finetune
 import train_custom
+from config import commandline, recipes
+from config.settings import CustomSettings, FineTuneSettings, name_fault, sizes
 from errors import Stopped, UnusableInput, printable
-from runs import commandline, recipes
-from runs.settings import CustomSettings, FineTuneSettings, name_fault, sizes
 
 HELP = """
 import sys, {0} as script

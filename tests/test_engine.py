@@ -17,7 +17,7 @@ import data
 import engine
 import models
 from optimizers import make_optimizer, parameter_groups
-from runs import device, processes, small_maps
+from runtime import amx, device, processes
 from storage.checkpoint import digest
 
 CPU = torch.device("cpu")
@@ -251,7 +251,7 @@ def test_training_and_prediction_need_no_double_on_the_device(sample, kind):
 
 MEMORY = """
 import resource, torch, models
-from runs.device import prepare
+from runtime.device import prepare
 prepare()
 model, x = models.CustomCNN(), torch.randn(256, 3, 32, 32)
 for _ in range(9):
@@ -266,33 +266,33 @@ def test_a_convolution_as_matrix_products_is_the_convolution(side):
     x = torch.randn(2, 5, *side, dtype=torch.double, requires_grad=True)
     weight = torch.randn(6, 5, 3, 3, dtype=torch.double, requires_grad=True)
     y = F.conv2d(x, weight, padding=1)
-    assert torch.allclose(small_maps.convolve(x, weight), y)
-    assert torch.autograd.gradcheck(small_maps.convolve, (x, weight))
+    assert torch.allclose(amx.convolve(x, weight), y)
+    assert torch.autograd.gradcheck(amx.convolve, (x, weight))
 
 
 def test_processors_with_amx_convolve_small_maps_as_products_in_bf16_alone(monkeypatch):
     def trained(precision):
         model = models.CustomCNN(**models.NETWORKS["wide"]).to(memory_format=torch.channels_last)
         model.load_state_dict(weights)
-        small_maps.as_products(model, precision, CPU)
+        amx.as_products(model, precision, CPU)
         model.eval()
         logits = engine.forward(model, x, precision)
         logits.square().sum().backward()
         return model, logits, [p.grad for p in model.parameters() if p.requires_grad]
 
-    taken, convolve = [], small_maps.convolve
+    taken, convolve = [], amx.convolve
     monkeypatch.setattr(
-        small_maps, "convolve", lambda x, w: taken.append(tuple(x.shape)) or convolve(x, w)
+        amx, "convolve", lambda x, w: taken.append(tuple(x.shape)) or convolve(x, w)
     )
     torch.manual_seed(0)
     x = torch.randn(16, 3, 24, 24)
     weights = models.CustomCNN(**models.NETWORKS["wide"]).state_dict()
-    monkeypatch.setattr(small_maps, "cpu_features", dict)
+    monkeypatch.setattr(amx, "cpu_features", dict)
     _, logits, gradients = trained("bf16")
-    monkeypatch.setattr(small_maps, "cpu_features", lambda: {"amx_bf16": True})
+    monkeypatch.setattr(amx, "cpu_features", lambda: {"amx_bf16": True})
     model, near, near_gradients = trained("bf16")
     kinds = [type(module) for module in model.features if isinstance(module, nn.Conv2d)]
-    assert kinds == [nn.Conv2d] * 3 + [small_maps.SmallMapConv2d] * 3
+    assert kinds == [nn.Conv2d] * 3 + [amx.SmallMapConv2d] * 3
     assert list(model.state_dict()) == list(weights)
     for a, b in zip([logits, *gradients], [near, *near_gradients], strict=True):
         assert (a - b).norm() <= 0.02 * a.norm()
@@ -310,14 +310,14 @@ def test_processors_with_amx_convolve_small_maps_as_products_in_bf16_alone(monke
     ],
 )
 def test_only_what_products_compute_faster_takes_that_way(monkeypatch, changes):
-    monkeypatch.setattr(small_maps, "cpu_features", lambda: {"amx_bf16": True})
+    monkeypatch.setattr(amx, "cpu_features", lambda: {"amx_bf16": True})
     usual = {"in_channels": 256, "out_channels": 256, "kernel_size": 3, "padding": 1}
     conv, x = nn.Conv2d(**usual | changes), torch.randn(4, 256, 4, 4)
     expected = engine.forward(conv, x, "bf16")
-    small_maps.as_products(conv, "bf16", torch.device("cuda"))
+    amx.as_products(conv, "bf16", torch.device("cuda"))
     assert type(conv) is nn.Conv2d
-    small_maps.as_products(conv, "bf16", CPU)
-    assert type(conv) is (nn.Conv2d if changes else small_maps.SmallMapConv2d)
+    amx.as_products(conv, "bf16", CPU)
+    assert type(conv) is (nn.Conv2d if changes else amx.SmallMapConv2d)
     assert (engine.forward(conv, x, "bf16") - expected).norm() <= 0.01 * expected.norm()
 
 

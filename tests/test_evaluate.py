@@ -11,8 +11,8 @@ from PIL import Image
 import data
 import metrics
 import models
+from config import recipes
 from engine import predict
-from runs import recipes
 from storage import checkpoint
 from storage.files import write_json
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-import figures
 from benchmarks import finetuning
+from reports import figures
 
 ROOT = Path(__file__).parent.parent
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
@@ -200,7 +200,8 @@ def test_a_persons_matplotlib_settings_change_nothing(tmp_path, backend):
         "savefig.dpi: 10\nimage.origin: lower\naxes.grid: True\nbackend: TkAgg\n"
     )
     code = (
-        "import pathlib, figures; figures.curves([dict(epoch=1, lr=0.1, train_loss=2.0)], "
+        "import pathlib; from reports import figures; "
+        "figures.curves([dict(epoch=1, lr=0.1, train_loss=2.0)], "
         "pathlib.Path('there.png'), 'a_$run$')"
     )
     more = {"PYTHONPATH": str(ROOT), "MPLBACKEND": backend, "MATPLOTLIBRC": "."}

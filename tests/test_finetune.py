@@ -13,8 +13,10 @@ import data
 import engine
 import finetune
 import pretrained
-from runs import features, records
-from storage import checkpoint, memory
+from reports import provenance
+from runs import features
+from runtime import memory
+from storage import checkpoint
 
 PARAMETERS = {  # of the trunk, and of the new classifier
     "vgg19": 20_024_384 + 5_130,
@@ -54,7 +56,7 @@ def test_trunk_equals_torchvisions_own_feature_for_feature(arch):
         x = original.get_submodule(name)(x)
     trunk = torch.nn.Sequential(*list(model.stages().values())[:-1])
     assert torch.equal(trunk(own), x)
-    assert records.num_parameters(model)["total"] == PARAMETERS[arch]
+    assert provenance.num_parameters(model)["total"] == PARAMETERS[arch]
 
 
 @pytest.mark.parametrize("arch", pretrained.ARCHS)

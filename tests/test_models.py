@@ -4,7 +4,7 @@ from torch import nn
 
 import data
 import models
-from runs import records
+from reports import provenance
 
 NETWORKS = tuple(models.NETWORKS)
 
@@ -22,7 +22,7 @@ def test_custom_cnn_has_six_padded_convolutions_with_batchnorm_and_three_linear_
 
 def test_parameter_counts():
     counts = [
-        records.num_parameters(models.create_model("custom_cnn", surgery, 10))["total"]
+        provenance.num_parameters(models.create_model("custom_cnn", surgery, 10))["total"]
         for surgery in models.NETWORKS.values()
     ]
     assert counts == [355_050, 2_235_672, 3_975_704, 5_000_472, 18_346_520]
@@ -57,7 +57,7 @@ def test_layers_begin_by_passing_their_input_through(sample):
         torch.testing.assert_close(conv(features)[:, : conv.in_channels], features)
     pooled = torch.randn(2, model.head[-1].in_features)
     assert torch.equal(model.head[0](pooled), pooled)  # adds nothing yet
-    counts = records.num_parameters(model)  # all but BatchNorm's scales train
+    counts = provenance.num_parameters(model)  # all but BatchNorm's scales train
     scales = sum(m.weight.numel() for m in model.modules() if "BatchNorm" in type(m).__name__)
     assert counts["total"] - counts["trainable"] == scales > 0
 

@@ -3,8 +3,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-from runs import page
-from runs.live import Live
+from reports import pages
+from reports.live import Live
 
 EVIL = "<script>alert(1)</script>\"><img src=x onerror='alert(2)'>&\x1b[31m\udcff"
 VOID = {"meta", "img", "line", "circle", "polyline"}
@@ -65,7 +65,7 @@ class Reader(HTMLParser):
 
 
 def written(folder, **content):
-    page.write(folder, CONTENT | content)
+    pages.write(folder, CONTENT | content)
     return Reader(folder / "index.html")
 
 
@@ -83,7 +83,7 @@ def test_the_page_loads_itself_again_only_while_the_run_lives(tmp_path, status, 
 def test_nothing_comes_from_elsewhere_and_pictures_that_are_not_there_are_left_out(tmp_path):
     (tmp_path / "batch.png").write_bytes(b"PNG")
     (tmp_path / "mistakes.png").write_bytes(b"PNG")
-    page.write_index(tmp_path / "..", [RUN | {"run": tmp_path.name}])
+    pages.write_index(tmp_path / "..", [RUN | {"run": tmp_path.name}])
     own = written(tmp_path, status="finished", report=REPORT, history=[VALIDATED])
     index = Reader(tmp_path.parent / "index.html")
     assert [image["src"] for image in own.all("img")] == ["batch.png", "mistakes.png"]
@@ -110,15 +110,15 @@ def test_text_from_outside_injects_no_markup(tmp_path, key):
 
 @pytest.mark.parametrize("key", ["run", "network", "recipe", "weights", "hardware"])
 def test_the_index_of_a_foreign_folder_injects_no_markup(tmp_path, key):
-    page.write_index(tmp_path, [RUN])
+    pages.write_index(tmp_path, [RUN])
     plain = Reader(tmp_path / "index.html")
-    page.write_index(tmp_path, [RUN | {key: EVIL}])
+    pages.write_index(tmp_path, [RUN | {key: EVIL}])
     evil = Reader(tmp_path / "index.html")
     assert [tag for tag, _ in evil.tags] == [tag for tag, _ in plain.tags]
     assert all(set(link) <= {"class", "href"} for link in evil.all("a"))
     if key == "run":
         assert {link["href"].isascii() and '"' not in link["href"] for link in evil.all("a")}
-        page.write_index(tmp_path, [RUN | {"run": "javascript:alert(1)"}])
+        pages.write_index(tmp_path, [RUN | {"run": "javascript:alert(1)"}])
         links = Reader(tmp_path / "index.html").all("a")
         assert {link["href"] for link in links} == {"javascript%3Aalert%281%29/index.html"}
 
@@ -150,7 +150,7 @@ def test_a_page_without_any_number_is_still_a_page(tmp_path):
     assert written(tmp_path).points() == []
     assert written(tmp_path, history=[{"epoch": 1, "step": 1}], num_steps=None).points() == []
     for rows in ([], [RUN | dict.fromkeys(("seconds", "top1_tta", "hardware", "seed"))]):
-        page.write_index(tmp_path, rows)
+        pages.write_index(tmp_path, rows)
         assert not Reader(tmp_path / "index.html").all("circle")
 
 
@@ -170,7 +170,7 @@ def test_the_end_shows_accuracies_scores_by_class_and_what_the_result_depends_on
 
 def test_the_index_has_a_point_and_a_row_for_each_run_and_marks_what_does_not_compare(tmp_path):
     more = [{"run": "b", "hardware": "a GPU"}, {"run": "c", "limit": 500}, {"run": "d"}]
-    page.write_index(tmp_path, [RUN, *(RUN | row for row in more)])
+    pages.write_index(tmp_path, [RUN, *(RUN | row for row in more)])
     index = Reader(tmp_path / "index.html")
     classes = [link["class"] for link in index.all("a") if "class" in link]
     assert classes == ["usual", "other", "other", "usual"]

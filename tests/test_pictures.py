@@ -542,7 +542,7 @@ def test_a_class_whose_pictures_cannot_be_read_is_too_small(tmp_path):
 
 def test_pictures_that_would_not_fit_are_refused_before_they_are_read(tmp_path, monkeypatch):
     classes(tmp_path)
-    monkeypatch.setattr("storage.memory.available_memory", lambda: 2 * 33 * 64 * 64 * 3 - 1.0)
+    monkeypatch.setattr("runtime.memory.available_memory", lambda: 2 * 33 * 64 * 64 * 3 - 1.0)
     with pytest.raises(UnusableInput, match=r"33 pictures of 64 px .* smaller --image-size"):
         pictures.folder(tmp_path, 64, **FRACTIONS)
     assert pictures.folder(tmp_path, 63, **FRACTIONS)

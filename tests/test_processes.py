@@ -25,7 +25,9 @@ import evaluate
 import models
 import train_custom
 from optimizers import make_optimizer, parameter_groups
-from runs import features, processes, reports
+from reports import evaluation
+from runs import features
+from runtime import processes
 from sources import cifar10
 from storage import checkpoint
 
@@ -499,7 +501,7 @@ def test_halted_process_ends_the_run_within_the_stated_time(resumed):
 
 
 if __name__ == "__main__":
-    vars(reports).update(dict.fromkeys(PICTURES, lambda *_: None))
+    vars(evaluation).update(dict.fromkeys(PICTURES, lambda *_: None))
     # Optimisers and torchvision import it for a decorator; it takes as long as all the rest.
     dynamo = Mock(disable=lambda function, *_, **__: function)
     sys.modules |= {"torch._dynamo": dynamo, "torch._dynamo.utils": dynamo}

@@ -7,7 +7,8 @@ from conftest import ROOT
 
 import models
 import train_custom
-from runs import recipes, tables
+from config import recipes
+from reports import tables
 from storage.files import write_json
 
 HARDWARE = "2 cores | <x>"
@@ -157,7 +158,7 @@ def test_no_runs_make_a_table_that_says_so(tmp_path):
 WRITER = """
 import contextlib, pathlib, sys, time
 sys.path.insert(0, sys.argv[1])
-from runs import tables
+from reports import tables
 from storage.files import write_json
 name, slow, lock = sys.argv[2], float(sys.argv[3]), sys.argv[4] == "lock"
 if not lock:

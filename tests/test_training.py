@@ -17,7 +17,7 @@ import engine
 import evaluate
 import metrics
 import models
-from runs import history, records, reports
+from reports import evaluation, history, provenance
 from storage import checkpoint
 
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -52,7 +52,7 @@ def test_run_leaves_checkpoint_numbers_and_pictures_and_a_second_one_keeps_them(
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     assert described["revision"] is None or commit in described["revision"]
     before = CHECKPOINT.read_bytes()
-    monkeypatch.setattr(reports, "draw", lambda *_: None)
+    monkeypatch.setattr(evaluation, "draw", lambda *_: None)
     done = run(*SMALL, "--seed", "1")
     assert "finished and kept; this one is custom_cnn-2" in done.out
     assert "delete checkpoints/custom_cnn.pt" in done.out
@@ -128,9 +128,9 @@ def test_resume_on_other_hardware_warns_and_on_another_kind_of_device_is_refused
     run, refused, signal_at, monkeypatch
 ):
     def elsewhere(**differs):
-        monkeypatch.setattr(records, "environment", lambda device: here(device) | differs)
+        monkeypatch.setattr(provenance, "environment", lambda device: here(device) | differs)
 
-    here = records.environment
+    here = provenance.environment
     signal_at(3, signal.SIGTERM)
     assert run(*SMALL).code == 143
     elsewhere(device="cuda")
@@ -175,7 +175,7 @@ def test_the_printed_commands_run_from_where_the_user_stands(tmp_path, monkeypat
     assert "white cats" in classified.stdout
     report = Path("results/cats/test.json")
     before = json.loads(report.read_text())
-    monkeypatch.setattr(reports, "draw", lambda *_: None)
+    monkeypatch.setattr(evaluation, "draw", lambda *_: None)
     assert evaluate.main(["checkpoints/cats.pt"]) == 0  # on the same pictures
     after = json.loads(report.read_text())
     assert (after["n"], after["per_class"]) == (before["n"], before["per_class"])
@@ -278,16 +278,17 @@ def test_a_mistake_in_the_code_shows_its_traceback(run, monkeypatch, capsys, mod
 
 
 @pytest.mark.parametrize(
-    "broken", ["figures.mistakes", "figures.batch", "runs.reports.first_layer"]
+    "broken",
+    ["reports.figures.mistakes", "reports.figures.batch", "reports.evaluation.first_layer"],
 )
 def test_a_picture_that_cannot_be_drawn_costs_a_warning_alone(run, drawing, monkeypatch, broken):
     def fail(*arguments):
         raise ImportError("no such backend")
 
     for name in ("curves", "confusion_matrix", "calibration", "mistakes", "batch", "first_layer"):
-        monkeypatch.setattr(f"figures.{name}", lambda *_: None)
+        monkeypatch.setattr(f"reports.figures.{name}", lambda *_: None)
     monkeypatch.setattr(broken, fail)
-    monkeypatch.setattr("runs.page.write_index", fail)
+    monkeypatch.setattr("reports.pages.write_index", fail)
     done = run(*SMALL, "--limit", "64")
     assert done.code == 0
     assert done.out.count("warning: ") == done.out.count(": ImportError: no such backend") == 2

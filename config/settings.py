@@ -1,6 +1,6 @@
 """The settings of a run, declared once: name, type, default, help and rule; no torch in here.
 
-A default that depends on the recipe or on the network stands in `runs/recipes.py`.
+A default that depends on the recipe or on the network stands in `config/recipes.py`.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ def setting(default: Any, group: str, help: str, **rules: Any) -> Any:
     """One setting.
 
     Args:
-        default: None where `runs/recipes.py` or something else decides.
+        default: None where `config/recipes.py` or something else decides.
         group: heading in `--help`.
         help: what a student needs to know.
         rules: `at_least` and `below` bound it, `choices` lists its values, `shown` says what None

@@ -16,9 +16,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO, get_args
 
+from config.settings import GROUPS, flag
 from errors import AlreadyFinished, Stopped, UnusableInput, printable
-from runs import signals
-from runs.settings import GROUPS, flag
+from runtime import signals
 
 FIRST = os.environ.get("RANK", "0") == "0"  # of several processes one talks to the user
 

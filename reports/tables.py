@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from config.settings import HARMLESS
 from errors import printable
-from runs import page
-from runs.settings import HARMLESS
+from reports import pages
 from storage.files import locked, write_atomically
 
 Row = dict[str, Any]
@@ -127,14 +127,14 @@ def write(results_dir: Path) -> list[Row]:
     """Writes the tables of all runs, README.md and index.html, and returns their rows."""
     with locked(results_dir / "README.lock", wait=True):  # or a run that ends meanwhile is lost
         rows = comparison_rows(results_dir)
-        for name, begins in (("README.md", HEADER[:60]), ("index.html", page.MARK)):
+        for name, begins in (("README.md", HEADER[:60]), ("index.html", pages.MARK)):
             file = results_dir / name
             if file.exists() and not file.read_text("utf-8", "replace").startswith(begins):
                 print(f"warning: {file} is no table of runs and left as it is")
             elif name == "README.md":
                 write_atomically(file, HEADER + comparison_table(rows))
             else:
-                page.write_index(results_dir, rows)
+                pages.write_index(results_dir, rows)
     return rows
 
 

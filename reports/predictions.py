@@ -9,7 +9,7 @@ from torch import nn
 
 from data import ChannelStats, Split
 from errors import UnusableInput, printable
-from runs import reports
+from reports import evaluation
 from sources import pictures
 
 MOST_DRAWN = 50  # pictures in one figure
@@ -55,7 +55,7 @@ def classify(
             unreadable += 1
             continue
         split = Split(torch.from_numpy(seen)[None].to(device), torch.zeros(1, dtype=torch.int64))
-        _, logits = reports.predict_split(model, split, stats, side, tta)
+        _, logits = evaluation.predict_split(model, split, stats, side, tta)
         scaled = logits[0] / (saved["metrics"].get("temperature") or 1.0)
         top = scaled.softmax(0).topk(min(3, len(saved["classes"])))
         likely = [
@@ -67,7 +67,7 @@ def classify(
         if figure and len(shown) < MOST_DRAWN:
             shown.append((name, pictures.load(file, 224), seen, likely))
     if figure and shown:
-        import figures  # matplotlib takes half a second
+        from reports import figures  # matplotlib takes half a second
 
         figures.predictions(shown, figure, saved["name"])
         print(f"drawn in {printable(figure)}: {len(shown)} of {len(files)}")

@@ -2,8 +2,8 @@
 
 from typing import Any
 
+from config.settings import HARMLESS, CustomSettings, FineTuneSettings, Settings
 from errors import UnusableInput, printable
-from runs.settings import HARMLESS, CustomSettings, FineTuneSettings, Settings
 
 # A flag that is given replaces the default.
 _RECIPES: dict[str, tuple] = {

@@ -9,8 +9,9 @@ from torch import nn
 
 from data import ChannelStats, Split, Splits
 from errors import UnusableInput, printable
-from runs import history, page, processes, records, reports
-from runs.live import best_effort
+from reports import evaluation, history, pages, provenance
+from reports.live import best_effort
+from runtime import processes
 from storage.files import read_json, sha256, write_json
 
 
@@ -97,20 +98,22 @@ def judge_checkpoint(
         splits = test_split(saved, data_dir, pictures, device)
     temperature = saved["metrics"].get("temperature")
     side = saved.get("image_size", 32)
-    report, logits = reports.judge(model, splits, side, temperature, tta, batch_size)
+    report, logits = evaluation.judge(model, splits, side, temperature, tta, batch_size)
     if processes.RANK:
         return
     report |= {"name": saved["name"], "checkpoint_sha256": digest}
     if report["top1_tta"] is None:
         report |= {key: earlier[key] for key in ("tta", "top1_tta") if key in earlier}
     if not (run_dir / "config.json").exists():
-        write_json(run_dir / "config.json", {k: saved[k] for k in records.REPEATED if k in saved})
+        write_json(
+            run_dir / "config.json", {k: saved[k] for k in provenance.REPEATED if k in saved}
+        )
     write_json(run_dir / "test.json", report)
     if predictions:
-        reports.write_predictions(predictions, splits, logits, temperature)
-    print(f"{printable(path)}\n{reports.summary(report)}\n", flush=True)
+        evaluation.write_predictions(predictions, splits, logits, temperature)
+    print(f"{printable(path)}\n{evaluation.summary(report)}\n", flush=True)
     rows = history.read(run_dir / "history.csv")
-    reports.draw(run_dir, saved, model, splits, logits, temperature, rows)
+    evaluation.draw(run_dir, saved, model, splits, logits, temperature, rows)
     content = {**saved, "status": "finished", "updated": time.time()}
     content |= {"history": rows, "report": report}
-    best_effort(lambda path: page.write(path, content), run_dir)
+    best_effort(lambda path: pages.write(path, content), run_dir)

@@ -14,14 +14,14 @@ from typing import Any
 from urllib.parse import quote
 
 from errors import printable
-from runs.history import minutes
+from reports.history import minutes
 from storage.files import write_atomically
 
 Row = Mapping[str, Any]
 Points = Sequence[tuple[float, float]]
 Place = Callable[[float, float], tuple[float, float]]  # from numbers to per cent of a plot
 MARK = "<!doctype html><!-- written by cifar10-pytorch"  # how every page begins
-TEMPLATE = Template(Path(__file__).with_suffix(".html").read_text(encoding="utf-8"))
+TEMPLATE = Template((Path(__file__).parent / "templates" / "base.html").read_text("utf-8"))
 PICTURES = {
     "batch.png": "What the network sees",
     "confusion_matrix.png": "Which classes it takes for which",

@@ -5,8 +5,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from runs import page, processes
+from reports import pages
 from runs.run import Run
+from runtime import processes
 
 MOST_POINTS = 300  # of the loss by step; beyond, every second one goes
 
@@ -17,7 +18,7 @@ class Live:
 
     Attributes:
         run: in whose results the page lies.
-        described: what `records.describe` returned.
+        described: what `provenance.describe` returned.
         rows: the history, which grows.
         num_steps: of the whole training.
     """
@@ -65,7 +66,7 @@ class Live:
 
         Args:
             status: "running", "stopped" or "finished".
-            more: further content of `page.write`, such as `report`.
+            more: further content of `pages.write`, such as `report`.
         """
         if processes.RANK:
             return
@@ -82,7 +83,7 @@ class Live:
             "updated": time.time(),
             **more,
         }
-        best_effort(page.write, self.run.results_dir, content)
+        best_effort(pages.write, self.run.results_dir, content)
         took = time.monotonic() - begin
         self.next_write = time.monotonic() + max(3.0, 200 * took)  # at most half a per cent
 

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from config.recipes import changed
+from config.settings import Settings
 from data import Splits
 from errors import UnusableInput
-from runs import processes
-from runs.recipes import changed
 from runs.run import Run
-from runs.settings import Settings
-from runs.small_maps import cpu_features
+from runtime import processes
+from runtime.amx import cpu_features
 from storage.files import read_json, write_json
 
 CPU = torch.device("cpu")

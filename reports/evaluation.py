@@ -14,16 +14,18 @@ from torch import Tensor, nn
 
 import data
 import metrics
+from config import commandline
 from data import ChannelStats, Split, Splits, TrainBatches
 from engine import predict
 from errors import printable
 from models import Whitening
-from runs import commandline, processes, tables
-from runs.history import TIMINGS
-from runs.live import best_effort
-from runs.records import REPEATED, hardware
+from reports import tables
+from reports.history import TIMINGS
+from reports.live import best_effort
+from reports.provenance import REPEATED, hardware
 from runs.run import Run
 from runs.training import Training
+from runtime import processes
 from storage import checkpoint
 from storage.files import sha256, write_atomically, write_json
 
@@ -158,7 +160,7 @@ def draw_batch(run: Run, batches: TrainBatches, splits: Splits) -> None:
         return
 
     def picture(path: Path) -> None:
-        import figures  # half a second
+        from reports import figures  # half a second
 
         x, labels = next(batches.epoch(0))
         mean, std = (torch.tensor(values)[:, None, None] for values in splits.stats)
@@ -179,7 +181,7 @@ def draw(
     history: Sequence[Row],
 ) -> None:
     """Draws the pictures of a judged network: its mistakes, its first layer, its curves."""
-    import figures  # half a second
+    from reports import figures  # half a second
 
     name, side = described["name"], described.get("image_size", 32)
     reference = None if described["config"].get("pictures") else ORIGINAL[described["arch"]]

@@ -1,0 +1,1 @@
+"""What can be asked: settings, recipes, the command line."""

@@ -1,0 +1,1 @@
+"""What a run leaves: provenance, history, evaluation, figures, pages, tables, predictions."""
