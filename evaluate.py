@@ -1,12 +1,12 @@
-"""Judges saved checkpoints on the test set, compares them, and classifies your own pictures."""
+"""Evaluates saved checkpoints on the test set, compares them, and classifies your own pictures."""
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
 from config import commandline
 from errors import UnusableInput, printable
+from runtime import launch
 
 EXAMPLES = """\
 examples:
@@ -24,31 +24,66 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         UnusableInput: a flag is unknown or its value breaks a rule.
     """
     parser = commandline.Parser("evaluate.py", __doc__, EXAMPLES)
-    add, views = parser.add_argument, ("none", "flip", "crops")
+    add = parser.add_argument
     add("checkpoints", nargs="*", type=Path, metavar="CHECKPOINT", help="default: all finished")
-    add("--tta", choices=views, help="views to average over (default: none; pictures: flip)")
+    add(
+        "--tta",
+        choices=("none", "flip", "shifts", "crops"),
+        help="views to average over: mirrored, moved, or both (default: none; for --predict and "
+        "--predictions flip, if the training mirrored)",
+    )
     add("--predict", nargs="+", type=Path, metavar="PATH", help="classify pictures and folders")
     add("--figure", type=Path, metavar="FILE.png", help="with --predict: draw what it saw")
     add("--predictions", type=Path, metavar="FILE.csv", help="write a row for each test image")
     add("--pictures", type=Path, metavar="DIR", help="where the pictures it was trained on are now")
-    for name, default, meaning in (
-        ("--device", "auto", "auto (a GPU where there is one), cpu, cuda, cuda:1, mps"),
-        ("--batch-size", 250, "images of 32x32 pixels at a time"),
-        ("--data-dir", Path("data"), "where CIFAR-10 is kept"),
-        ("--checkpoint-dir", Path("checkpoints"), "where weights are"),
-        ("--results-dir", Path("results"), "where numbers and pictures go"),
-    ):
-        kind, text = type(default), f"{meaning} (default: {default})"
-        add(name, type=Path if isinstance(default, Path) else kind, default=default, help=text)
+    add(
+        "--device",
+        default="auto",
+        help="auto (a GPU where there is one), cpu, cuda, cuda:1, mps (default: auto)",
+    )
+    add(
+        "--batch-size",
+        type=int,
+        default=250,
+        help="images of 32x32 pixels at a time (default: 250)",
+    )
+    add(
+        "--data-dir",
+        type=Path,
+        default=Path("data"),
+        help="where CIFAR-10 is kept (default: data)",
+    )
+    add(
+        "--checkpoint-dir",
+        type=Path,
+        default=Path("checkpoints"),
+        help="where weights are (default: checkpoints)",
+    )
+    add(
+        "--results-dir",
+        type=Path,
+        default=Path("results"),
+        help="where numbers and pictures go (default: results)",
+    )
     args = parser.parse_args(argv)
+    _check(args)
+    return args
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuses what does not go together; takes all finished checkpoints where none is named."""
     if args.batch_size < 1:
         raise UnusableInput(f"--batch-size {args.batch_size}: must be at least 1")
-    if args.predict and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if args.predict and launch.WORLD_SIZE > 1:
         raise UnusableInput(
             "--predict under torchrun: pictures are read by one process; run it alone"
         )
-    finished = (p for p in args.checkpoint_dir.glob("*.pt") if not p.name.endswith(".resume.pt"))
-    args.checkpoints = args.checkpoints or sorted(finished)
+    if not args.checkpoints:
+        args.checkpoints = sorted(
+            path
+            for path in args.checkpoint_dir.glob("*.pt")
+            if not path.name.endswith(".resume.pt")
+        )
     if not args.checkpoints:
         raise UnusableInput(
             f"no finished checkpoint in {printable(args.checkpoint_dir)}/: run "
@@ -63,47 +98,67 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             raise UnusableInput(
                 f"--{option} takes one checkpoint, not {len(args.checkpoints)}: name it"
             )
-    return args
+
+
+if __name__ == "__main__":
+    commandline.before_torch(parse)  # importing torch takes seconds: --help need not wait
+
+import torch
+
+from reports import evaluation, predictions, tables
+from runtime import processes
+from runtime.device import select_device
+from storage import checkpoint
 
 
 def evaluate(args: argparse.Namespace) -> None:
     """Does what the command line says and prints it; what fails does not keep others from it."""
-    from reports import tables
-    from reports.judging import judge_checkpoint
-    from reports.predictions import classify
-    from runtime import processes
-    from runtime.device import select_device
-    from storage import checkpoint
-
     problems = []
     with processes.joined(select_device(args.device)) as device:
         for path in processes.from_first(args.checkpoints):
             try:
-                with processes.agreed():
-                    model, saved = checkpoint.load_model(path, device)
                 if args.predict:
-                    if len(args.checkpoints) > 1:
-                        print(f"{printable(path)}:")
-                    classify(model, saved, args.predict, args.tta or "flip", args.figure)
+                    _classify(path, args, device)
                 else:
-                    judge_checkpoint(
-                        *(path, model, saved, device),
-                        results_dir=args.results_dir,
-                        data_dir=args.data_dir,
-                        pictures=args.pictures,
-                        predictions=args.predictions,
-                        tta=args.tta or "none",
-                        batch_size=args.batch_size,
-                    )
+                    _evaluate(path, args, device)
             except UnusableInput as error:
                 problems.append(str(error))
-    if not (args.predict or processes.RANK) and len(problems) < len(args.checkpoints):
+    some_evaluated = len(problems) < len(args.checkpoints)
+    if some_evaluated and not args.predict and launch.RANK == 0:
         rows = tables.write(args.results_dir)
         if len(args.checkpoints) > 1:
             print(tables.terminal_table(rows))
         print(f"all runs  {args.results_dir / 'index.html'}")
     if problems:
         raise UnusableInput("; ".join(problems))
+
+
+def _classify(path: Path, args: argparse.Namespace, device: torch.device) -> None:
+    model, saved = checkpoint.load_model(path, device)
+    if len(args.checkpoints) > 1:
+        print(f"{printable(path)}:")
+    views = args.tta or evaluation.usual_views(saved["config"])
+    predictions.classify(model, saved, args.predict, views, args.figure)
+
+
+def _evaluate(path: Path, args: argparse.Namespace, device: torch.device) -> None:
+    with processes.agreed():
+        model, saved = checkpoint.load_model(path, device)
+    views = args.tta or "none"
+    if args.predictions and not args.tta:
+        views = evaluation.usual_views(saved["config"])
+    evaluation.evaluate_checkpoint(
+        path,
+        model,
+        saved,
+        device,
+        results_dir=args.results_dir,
+        data_dir=args.data_dir,
+        pictures=args.pictures,
+        predictions_path=args.predictions,
+        tta=views,
+        batch_size=args.batch_size,
+    )
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,18 +1,10 @@
 """Fine-tunes a network that knows ImageNet, on CIFAR-10 or on your own pictures."""
 
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from config import commandline, recipes
 from config.settings import FineTuneSettings
-from runs import run
-
-if TYPE_CHECKING:
-    from data import Splits, TrainBatches
-    from pretrained import OperatedNetwork
-
-# What every torchvision network of 2015 to 2021 was trained with.
-IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 EXAMPLES = """\
 examples:
@@ -36,108 +28,123 @@ def parse(argv: list[str] | None) -> FineTuneSettings:
     return recipes.finetune(vars(parser.parse_args(argv)))
 
 
-def parameter_groups(model: "OperatedNetwork", settings: FineTuneSettings) -> list[dict[str, Any]]:
-    """Groups whose learning rates fall from the head to the stem, stage by stage."""
-    import optimizers
+if __name__ == "__main__":
+    commandline.before_torch(parse)  # importing torch takes seconds: --help need not wait
 
-    return [
-        group
-        for depth, stage in enumerate(reversed(model.stages().values()))
-        for group in optimizers.parameter_groups(
+import torch
+
+import engine
+import models
+import optimizers
+from data import ChannelStats
+from pretrained import OperatedNetwork, freeze
+from runs import features, loading, run
+from runs.finish import finish
+from runs.training import Training
+from runtime import processes
+from runtime.device import compile_or_not, now, prepare
+
+# What every torchvision network of 2015 to 2021 was trained with.
+IMAGENET = ChannelStats((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+def make_network(
+    settings: FineTuneSettings, num_classes: int, device: torch.device
+) -> tuple[OperatedNetwork, dict[str, Any]]:
+    """The network before its weights are loaded, and the arguments that build it."""
+    torch.manual_seed(settings.seed)
+    arguments = {
+        "image_size": settings.image_size,
+        "open_stem": settings.image_size == 32,
+        "dropout": settings.dropout,
+    }
+    model = models.create_model(settings.arch, arguments, num_classes)
+    return model.to(device, memory_format=torch.channels_last), arguments
+
+
+def parameter_groups(model: OperatedNetwork, settings: FineTuneSettings) -> list[dict[str, Any]]:
+    """Groups whose learning rates fall from the head to the stem, stage by stage."""
+    groups = []
+    for depth, stage in enumerate(reversed(model.stages().values())):
+        groups += optimizers.parameter_groups(
             stage,
             optimizer=settings.optimizer,
             weight_decay=settings.weight_decay,
             lr_scale=settings.stage_lr_scale**depth,
         )
-    ]
-
-
-def begin(
-    settings: FineTuneSettings, splits: "Splits"
-) -> "tuple[OperatedNetwork, dict[str, Any], TrainBatches]":
-    """The network before its weights are loaded, how it is built, and the batches it is to see."""
-    import torch
-
-    from models import create_model
-    from runs import loading
-
-    torch.manual_seed(settings.seed)
-    surgery = {
-        "image_size": settings.image_size,
-        "open_stem": settings.image_size == 32,
-        "dropout": settings.dropout,
-    }
-    model = create_model(settings.arch, surgery, len(splits.classes))
-    batches = loading.train_batches(settings, splits, settings.image_size)
-    device = splits.train.labels.device
-    return model.to(device, memory_format=torch.channels_last), surgery, batches
+    return groups
 
 
 def train(settings: FineTuneSettings, command: str) -> None:
     """Fine-tunes one network and leaves its checkpoint, numbers and pictures."""
-    # Not at the top: --help is to answer, and Ctrl-C to be heeded, before torch is loaded.
-    import engine
-    from data import ChannelStats, inputs
-    from optimizers import make_optimizer
-    from pretrained import freeze
-    from reports import evaluation, provenance
-    from runs import loading
-    from runs.features import feature_inputs, of_trunk
-    from runs.training import Training
-    from runtime import processes
-    from runtime.amx import as_products
-    from runtime.device import compile_or_not, now, prepare, select_device
+    with run.claim(settings, settings.arch, command) as claimed:
+        device = claimed.device
 
-    with (
-        processes.joined(select_device(settings.device)) as device,
-        run.claim(settings, settings.arch, command) as claimed,
-    ):
+        # Data
         splits, source = loading.load_splits(settings, device)
+        splits = splits._replace(stats=IMAGENET)
+        batches = loading.train_batches(settings, splits, settings.image_size)
+        validation = loading.validation(splits, settings.image_size)
         prepare()
-        splits = splits._replace(stats=ChannelStats(*IMAGENET))
 
-        model, surgery, batches = begin(settings, splits)
+        # Network
+        model, arguments = make_network(settings, len(splits.classes), device)
         weights = loading.start_weights(model, settings.weights, settings.arch, splits.classes)
-        trunk, tail = freeze(model, settings.unfreeze)
-        evaluation.draw_batch(claimed, batches, splits)
-        precision = loading.settle_precision(settings, model, batches, claimed.state)
-        as_products(model, precision, device)
-        described = provenance.describe(
-            *(claimed, settings, model, splits, precision),
+        backbone, tail = freeze(model, settings.unfreeze)
+        described = run.begin(
+            claimed,
+            settings,
+            model,
+            batches,
+            splits,
             arch=settings.arch,
-            surgery=surgery,
-            image_size=batches.side,
+            arguments=arguments,
             start_weights=weights,
             data=source,
         )
+        precision = described["precision"]
 
-        begun, trained, judged = now(device), model, None
-        if settings.cached:  # what is frozen is computed once; then only the rest is left to train
+        # What is frozen is computed once; then only the rest is left to train.
+        trained = model
+        begun_at = now(device)
+        if settings.cached:
             trained = tail
-            batches, judged = of_trunk(trunk, batches, splits, precision, claimed.checkpoint_path)
+            batches, validation = features.of_trunk(
+                backbone, batches, splits, precision, claimed.checkpoint_path
+            )
+        feature_seconds = now(device) - begun_at
 
-        def validate() -> tuple[float, float]:
-            images = inputs(processes.own(splits.val.images), splits.stats, batches.side)
-            x = images if judged is None else feature_inputs(judged, device)
-            return engine.evaluate(trained, x, splits.val.labels, precision)
-
+        # Optimiser
         groups = parameter_groups(model, settings)
-        optimizer = make_optimizer(groups, settings.optimizer, settings.lr, precision)
+        optimizer = optimizers.make_optimizer(groups, settings.optimizer, settings.lr, precision)
+
+        # Training
         network = compile_or_not(processes.shared(trained), settings.compile, device)
         training = Training(
-            *(claimed, settings, trained, optimizer, batches, precision, described),
-            seconds_before=now(device) - begun,
+            claimed,
+            described,
+            trained,
+            optimizer,
+            batches,
+            epochs=settings.epochs,
+            save_every=settings.save_every,
+            seconds_before=feature_seconds,
         )
-        training.follow(
-            engine.train(
-                *(network, optimizer, batches),
-                precision=precision,
-                progress=training.progress,
-                **loading.learning(settings),
-            ),
-            validate if splits.val else None,
+        steps = engine.train(
+            network,
+            optimizer,
+            batches,
+            epochs=settings.epochs,
+            lr=settings.lr,
+            warmup=settings.warmup,
+            precision=precision,
+            label_smoothing=settings.label_smoothing,
+            progress=training.progress,
         )
-        evaluation.finish(training, model, splits, tta="flip")
+        training.follow(steps, validation)
+
+        # Report
+        finish(training, model, splits, tta="flip")
 
 
 def main(argv: list[str] | None = None) -> int:

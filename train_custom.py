@@ -1,16 +1,9 @@
 """Trains the nine-layer CNN from scratch, on CIFAR-10 or on your own pictures."""
 
 import sys
-from typing import TYPE_CHECKING, Any
 
 from config import commandline, recipes
 from config.settings import CustomSettings
-from runs import run
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from data import Splits, TrainBatches
 
 EXAMPLES = """\
 examples:
@@ -34,82 +27,104 @@ def parse(argv: list[str] | None) -> CustomSettings:
     return recipes.custom(vars(parser.parse_args(argv)))
 
 
-def begin(
-    settings: CustomSettings, splits: "Splits"
-) -> "tuple[nn.Module, dict[str, Any], TrainBatches]":
-    """The network as its training begins, how it is built, and the batches it is to see."""
-    import torch
+if __name__ == "__main__":
+    commandline.before_torch(parse)  # importing torch takes seconds: --help need not wait
 
-    from data import normalize, resize
-    from models import NETWORKS, begin_from_images, create_model
-    from runs import loading
+import torch
 
+import engine
+import models
+from data import Splits, normalize, resize
+from optimizers import make_optimizer, parameter_groups
+from runs import loading, run
+from runs.finish import finish
+from runs.training import Training
+from runtime import processes
+from runtime.device import compile_or_not, prepare
+
+
+def make_network(
+    settings: CustomSettings, splits: Splits, side: int
+) -> tuple[torch.nn.Module, dict]:
+    """The network as its training begins, on the device, and the arguments that build it.
+
+    Args:
+        settings: shape of the network, seed.
+        splits: the first filters may be measured on the training images.
+        side: of the network's input, pixels.
+    """
     torch.manual_seed(settings.seed)
-    side = settings.image_size or 32
-    surgery = NETWORKS[settings.network] | {"momentum": settings.batchnorm_momentum}
-    model = create_model("custom_cnn", surgery, len(splits.classes))
-    if "whitened" in surgery:
+    arguments = models.NETWORKS[settings.network] | {"momentum": settings.batchnorm_momentum}
+    model = models.create_model("custom_cnn", arguments, len(splits.classes))
+    if "whitened" in arguments:
         images = splits.train.images[:5000].cpu()
-        begin_from_images(model, resize(normalize(images, splits.stats), side))
-    batches = loading.train_batches(settings, splits, side)
+        models.begin_from_images(model, resize(normalize(images, splits.stats), side))
     device = splits.train.labels.device
-    return model.to(device, memory_format=torch.channels_last), surgery, batches
+    return model.to(device, memory_format=torch.channels_last), arguments
 
 
 def train(settings: CustomSettings, command: str) -> None:
     """Trains one network and leaves its checkpoint, numbers and pictures."""
-    # Not at the top: --help is to answer, and Ctrl-C to be heeded, before torch is loaded.
-    import engine
-    from data import inputs
-    from optimizers import make_optimizer, parameter_groups
-    from reports import evaluation, provenance
-    from runs import loading
-    from runs.training import Training
-    from runtime import processes
-    from runtime.amx import as_products
-    from runtime.device import compile_or_not, prepare, select_device
-
-    with (
-        processes.joined(select_device(settings.device)) as device,
-        run.claim(settings, "custom_cnn", command) as claimed,
-    ):
-        splits, source = loading.load_splits(settings, device)
+    with run.claim(settings, "custom_cnn", command) as claimed:
+        # Data
+        splits, source = loading.load_splits(settings, claimed.device)
+        side = settings.image_size or 32
+        batches = loading.train_batches(settings, splits, side)
         prepare()
 
-        model, surgery, batches = begin(settings, splits)
+        # Network
+        model, arguments = make_network(settings, splits, side)
         weights = loading.start_weights(model, settings.weights, "custom_cnn", splits.classes)
-        evaluation.draw_batch(claimed, batches, splits)
-        precision = loading.settle_precision(settings, model, batches, claimed.state)
-        as_products(model, precision, device)
-
-        groups = parameter_groups(model, **loading.grouping(settings))
-        optimizer = make_optimizer(groups, settings.optimizer, settings.lr, precision)
-        network = compile_or_not(processes.shared(model), settings.compile, device)
-
-        described = provenance.describe(
-            *(claimed, settings, model, splits, precision),
+        described = run.begin(
+            claimed,
+            settings,
+            model,
+            batches,
+            splits,
             arch="custom_cnn",
-            surgery=surgery,
-            image_size=batches.side,
+            arguments=arguments,
             start_weights=weights,
             data=source,
         )
-        training = Training(claimed, settings, model, optimizer, batches, precision, described)
+        precision = described["precision"]
 
-        def validate() -> tuple[float, float]:
-            images = inputs(processes.own(splits.val.images), splits.stats, batches.side)
-            return engine.evaluate(model, images, splits.val.labels, precision)
-
-        training.follow(
-            engine.train(
-                *(network, optimizer, batches),
-                precision=precision,
-                progress=training.progress,
-                **loading.learning(settings),
-            ),
-            validate if splits.val else None,
+        # Optimiser
+        groups = parameter_groups(
+            model,
+            optimizer=settings.optimizer,
+            weight_decay=settings.weight_decay,
+            bias_lr_scale=settings.bias_lr_scale,
+            muon_lr_scale=settings.muon_lr / settings.lr,
         )
-        evaluation.finish(training, model, splits, tta="crops")
+        optimizer = make_optimizer(groups, settings.optimizer, settings.lr, precision)
+
+        # Training
+        network = compile_or_not(processes.shared(model), settings.compile, claimed.device)
+        training = Training(
+            claimed,
+            described,
+            model,
+            optimizer,
+            batches,
+            epochs=settings.epochs,
+            save_every=settings.save_every,
+        )
+        steps = engine.train(
+            network,
+            optimizer,
+            batches,
+            epochs=settings.epochs,
+            lr=settings.lr,
+            warmup=settings.warmup,
+            schedule=settings.schedule,
+            precision=precision,
+            label_smoothing=settings.label_smoothing,
+            progress=training.progress,
+        )
+        training.follow(steps, loading.validation(splits, side))
+
+        # Report
+        finish(training, model, splits, tta="crops")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -33,7 +33,7 @@ from benchmarks import common
 from models import NETWORKS, create_model
 from reports import provenance
 from runs import loading
-from runtime import processes
+from runtime import launch, processes
 
 # Number of processes, threads of each, flags.
 SIDES = {
@@ -62,7 +62,7 @@ def train(args: Namespace) -> None:
             **loading.learning(settings),
         )
         times = [time.perf_counter() for _ in zip(range(3 + args.steps), steps, strict=False)]
-    if not processes.RANK:
+    if not launch.RANK:
         print(statistics.median(after - before for before, after in pairwise(times[2:])))
 
 

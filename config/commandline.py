@@ -18,12 +18,35 @@ from typing import Any, TextIO, get_args
 
 from config.settings import GROUPS, flag
 from errors import AlreadyFinished, Stopped, UnusableInput, printable
-from runtime import signals
+from runtime import launch, signals
 
-FIRST = os.environ.get("RANK", "0") == "0"  # of several processes one talks to the user
+OUT_OF_MEMORY = (
+    "try a smaller --batch-size, when fine-tuning a smaller --image-size, and --no-cache if it "
+    "happened while features were computed"
+)
 
 
-def exit_code(script: Callable[[], None]) -> int:
+def before_torch(parse: Callable[[None], Any]) -> None:
+    """Answers what needs no torch while the script has not imported it, which takes seconds.
+
+    `--help` and a command line that cannot be used end the script here. From here on Ctrl-C ends
+    it in one line: raised while torch is being imported, an exception may get lost.
+
+    Args:
+        parse: of the script; reads `sys.argv`.
+    """
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        print(Stopped(number), file=sys.stderr, flush=True)
+        os._exit(128 + number)
+
+    code = exit_code(lambda: parse(None))
+    if code:
+        sys.exit(code)
+    signals.install(stop)
+
+
+def exit_code(script: Callable[[], Any]) -> int:
     """Runs a script and turns what ends it into one line on stderr and an exit code.
 
     A mistake in the code is none of these: it shows its traceback.
@@ -31,25 +54,20 @@ def exit_code(script: Callable[[], None]) -> int:
     Returns:
         0 when it is done; 2 for input that cannot be used; 130 after Ctrl-C, 143 after SIGTERM and
         likewise after other signals; 1 when the run itself failed (disk, memory, numbers that are
-        not finite).
+        not finite, a GPU that torch cannot use).
     """
 
     def stop(number: int, frame: FrameType | None) -> None:
-        spec = getattr(sys.modules.get("torch"), "__spec__", None)
-        if getattr(spec, "_initializing", False):  # its import swallows what is raised now and then
-            print(Stopped(number), file=sys.stderr, flush=True)
-            os._exit(128 + number)
-        if "TORCHELASTIC_RUN_ID" in os.environ and sys.exc_info()[1]:
+        failed = sys.exc_info()[1] is not None
+        if failed and "TORCHELASTIC_RUN_ID" in os.environ:
             return  # one process has failed, so torchrun ends all: what this one says comes first
         raise Stopped(number)
 
     with _lasting_streams(), signals.handled(stop):
         try:
             script()
-            return 0
         except AlreadyFinished as done:
             print(done)
-            return 0
         except UnusableInput as error:
             return _fail(error, 2)
         except Stopped as stopped:
@@ -60,27 +78,27 @@ def exit_code(script: Callable[[], None]) -> int:
             return 130
         except (OSError, MemoryError, FloatingPointError) as error:
             return _fail(error, 1)
-        except RuntimeError as error:  # torch has an own type for this on GPUs only
-            if not re.search("out of memory|allocate", str(error)):
-                raise
+        except RuntimeError as error:  # torch has few types of its own for these
             reason = str(error).split("\n")[0]
-            return _fail(f"out of memory ({reason}): {OUT_OF_MEMORY}", 1)
-
-
-OUT_OF_MEMORY = (
-    "try a smaller --batch-size, when fine-tuning a smaller --image-size, and --no-cache if it "
-    "happened while features were computed"
-)
+            if re.search("out of memory|allocate", str(error)):
+                return _fail(f"out of memory ({reason}): {OUT_OF_MEMORY}", 1)
+            if "no kernel image is available" in str(error):
+                remedy = "install the torch that pytorch.org names for it, or take --device cpu"
+                return _fail(f"this torch was not built for this GPU ({reason}): {remedy}", 1)
+            raise
+    return 0
 
 
 def _fail(reason: BaseException | str, code: int) -> int:
-    text = printable(reason if str(reason) else type(reason).__name__)
+    text = printable(reason)
+    if not str(reason):
+        text = type(reason).__name__
     stream = sys.stderr
-    if not FIRST and code == 2:
-        # torchrun ends all when one has ended: the first is to speak before
-        with signals.handled(lambda *_: os._exit(code)):
+    if launch.RANK > 0 and code == 2:
+        # torchrun ends all processes when one has ended: the first is to speak before.
+        with signals.handled(lambda number, frame: os._exit(code)):
             time.sleep(10)
-    elif not FIRST:
+    elif launch.RANK > 0:
         stream = sys.__stderr__
     print(f"error: {text}", file=stream, flush=True)
     return code
@@ -123,9 +141,14 @@ class LastingStream:
 
 @contextmanager
 def _lasting_streams() -> Iterator[None]:
-    streams = (sys.stdout, sys.stderr) if FIRST else (None, None)
+    """Standard output and error that last; only the first of several processes has them."""
     with open(os.devnull, "w") as null:
-        out, err = (LastingStream(null if s is None else s) for s in streams)
+        out = LastingStream(null)
+        err = LastingStream(null)
+        if launch.RANK == 0 and sys.stdout is not None:
+            out = LastingStream(sys.stdout)
+        if launch.RANK == 0 and sys.stderr is not None:
+            err = LastingStream(sys.stderr)
         with redirect_stdout(out), redirect_stderr(err):
             try:
                 yield
@@ -135,15 +158,20 @@ def _lasting_streams() -> Iterator[None]:
 
 def typed(script: str, argv: list[str] | None) -> list[str]:
     """The command a person would type for this run, where they stand, as its words."""
-    python, path = Path(sys.executable), Path(__file__).parent.parent / script
-    words = []
-    for whole, usual in ((python, "python"), (path, script)):
-        try:  # the environment of `make train` need not be the active one
-            words.append(str(whole.relative_to(Path.cwd())))
-        except ValueError:
-            found = shutil.which(usual) if whole is python else None
-            words.append(usual if found == str(whole) else str(whole))
-    return [*words, *(sys.argv[1:] if argv is None else argv)]
+    python = Path(sys.executable)
+    on_path = shutil.which("python")
+    if python.is_relative_to(Path.cwd()):  # as `make train` runs it
+        python_word = str(python.relative_to(Path.cwd()))
+    elif on_path == str(python):
+        python_word = "python"
+    else:  # the environment need not be the active one
+        python_word = str(python)
+
+    path = Path(__file__).parent.parent / script
+    if path.is_relative_to(Path.cwd()):
+        path = path.relative_to(Path.cwd())
+    arguments = sys.argv[1:] if argv is None else argv
+    return [python_word, str(path), *arguments]
 
 
 def quoted(words: list[str]) -> str:
@@ -154,21 +182,26 @@ def quoted(words: list[str]) -> str:
 def command(script: str, argv: list[str] | None) -> str:
     """What starts this training again, torchrun included; where machines meet is not known."""
     python, *rest = typed(script, argv)
-    total, here = (int(os.environ.get(f"{of}WORLD_SIZE", 1)) for of in ("", "LOCAL_"))
-    if total > 1:
-        meet = f"--nnodes {total // here} --rdzv-backend c10d --rdzv-endpoint HOST:PORT"
-        where = "--standalone" if total == here else meet
-        rest = [*f"-m torch.distributed.run {where} --nproc-per-node {here}".split(), *rest]
-    return quoted([python, *rest])
+    if launch.WORLD_SIZE == 1:
+        return quoted([python, *rest])
+    meeting = ["--standalone"]
+    if launch.NUM_MACHINES > 1:
+        machines = str(launch.NUM_MACHINES)
+        meeting = ["--nnodes", machines, "--rdzv-backend", "c10d", "--rdzv-endpoint", "HOST:PORT"]
+    here = ["--nproc-per-node", str(launch.LOCAL_WORLD_SIZE)]
+    return quoted([python, "-m", "torch.distributed.run", *meeting, *here, *rest])
 
 
 class Parser(argparse.ArgumentParser):
     """Reports every unusable command line in one line and exit code 2, as all other input."""
 
     def __init__(self, script: str, description: str, epilog: str):
-        kind = argparse.RawDescriptionHelpFormatter
-        text = textwrap.fill(description, 79)
-        super().__init__(script, None, text, epilog, formatter_class=kind)
+        super().__init__(
+            prog=script,
+            description=textwrap.fill(description, 79),
+            epilog=epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
 
     def error(self, message: str) -> None:
         """Raises instead of printing the usage over several lines."""
@@ -186,26 +219,37 @@ def add_flags(
         tables: defaults by recipe or network.
         usual: the one that is taken where none is named.
     """
-    names = sorted(tables, key=lambda name: name != usual)
+    names = sorted(tables, key=lambda name: name != usual)  # the usual one first
     groups = {title: parser.add_argument_group(title) for title in GROUPS}
     for entry in dataclasses.fields(kind):
-        known = {of: tables[of][entry.name] for of in names if entry.name in tables[of]}
-        text = entry.metadata["help"] + _default(entry, known)
+        by_table = {name: tables[name][entry.name] for name in names if entry.name in tables[name]}
+        text = entry.metadata["help"] + _default(entry, by_table)
         options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text.replace("%", "%%")}
-        if entry.type is bool:
+        if entry.name == "resume":
+            options["action"] = "store_true"
+        elif entry.type is bool:
             options["action"] = argparse.BooleanOptionalAction
-            if entry.name == "resume":
-                options["action"] = "store_true"
         else:
-            options["type"] = next(iter(get_args(entry.type)), entry.type)
+            options["type"] = _value_type(entry.type)
             options["metavar"] = entry.name.rsplit("_", 1)[-1].upper()
         if choices := entry.metadata.get("choices"):
             options["metavar"] = "{" + ",".join(choices) + "}"
         groups[entry.metadata["group"]].add_argument(flag(entry.name), **options)
 
 
+def _value_type(annotation: Any) -> Any:
+    """The type of a flag's value: `int` of `int` and of `int | None`."""
+    kinds = [kind for kind in get_args(annotation) if kind is not type(None)]
+    return kinds[0] if kinds else annotation
+
+
 def _default(entry: dataclasses.Field, by_table: dict[str, Any]) -> str:
-    """What `--help` says of a default, and of those that differ by recipe or network."""
+    """What `--help` says of a default, and of those that differ by recipe or network.
+
+    Args:
+        entry: the setting.
+        by_table: its defaults by recipe or network, the usual one first; empty for other settings.
+    """
 
     def text(value: Any) -> str:
         if value in (None, ""):
@@ -213,9 +257,9 @@ def _default(entry: dataclasses.Field, by_table: dict[str, Any]) -> str:
         return f"{value:g}" if isinstance(value, float) else str(value)
 
     if entry.type is bool:
-        return f" (default: {'yes' if entry.default else 'no'})"
+        return " (default: yes)" if entry.default else " (default: no)"
     if not by_table:
         return f" (default: {text(entry.default)})"
-    usual, *others = by_table.items()
-    different = [f"{of} {text(value)}" for of, value in others if value != usual[1]]
-    return f" (default: {', '.join([text(usual[1]), *different])})"
+    usual = next(iter(by_table.values()))
+    different = [f"{name} {text(value)}" for name, value in by_table.items() if value != usual]
+    return f" (default: {', '.join([text(usual), *different])})"

@@ -1,7 +1,5 @@
-"""What finished runs leave behind: checkpoint, test.json, pictures, tables that compare runs."""
+"""How well a network does on its test images, as numbers, text and pictures."""
 
-import csv
-import io
 import textwrap
 import time
 from collections.abc import Callable, Sequence
@@ -14,84 +12,38 @@ from torch import Tensor, nn
 
 import data
 import metrics
-from config import commandline
 from data import ChannelStats, Split, Splits, TrainBatches
 from engine import predict
-from errors import printable
+from errors import UnusableInput, printable
 from models import Whitening
-from reports import tables
-from reports.history import TIMINGS
+from reports import figures, history, pages, predictions, provenance
+from reports.judging import test_split
 from reports.live import best_effort
-from reports.provenance import REPEATED, hardware
-from runs.run import Run
-from runs.training import Training
-from runtime import processes
-from storage import checkpoint
-from storage.files import sha256, write_atomically, write_json
+from runtime import launch, processes
+from storage.files import read_json, sha256, write_json
 
 Row = dict[str, Any]
 # Test accuracy on CIFAR-10 of the student project that this repository replaces.
 ORIGINAL = {
-    **{"custom_cnn": 0.8726, "vgg19": 0.796, "resnet18": 0.8107, "resnet50": 0.8055},
+    "custom_cnn": 0.8726,
+    "vgg19": 0.796,
+    "resnet18": 0.8107,
+    "resnet50": 0.8055,
     "mobilenet_v3_small": 0.3985,
 }
+WORST_SHOWN = 10  # classes named on the screen where there are more
 
 
-def finish(training: Training, model: nn.Module, splits: Splits, tta: str) -> None:
-    """Reads the test set once; leaves checkpoint, numbers and pictures, and says where they are.
+def usual_views(config: Row) -> str:
+    """The views to average over for a network, as `engine.views` names them.
 
-    The pictures come last: one that fails costs a warning and not the run.
+    A network has seen mirror images only if its training mirrored: for one that tells left from
+    right a mirror image is another class.
 
     Args:
-        training: through; its state is removed at the end.
-        model: the whole network.
-        splits: with which statistics.
-        tta: test-time augmentation of the second accuracy, see `engine.views`.
+        config: the settings of its training.
     """
-    run, history = training.run, training.rows
-    described = training.described | {"train_seconds": history[-1]["seconds"]}
-    side, temperature = described["image_size"], None
-    if splits.val:
-        logits, _ = predict_split(model, splits.val, splits.stats, side)
-        temperature = metrics.fit_temperature(logits, splits.val.labels.cpu())
-    report, logits = judge(model, splits, side, temperature, tta)
-    if processes.RANK:
-        return
-    last = {k: v for k, v in history[-1].items() if k not in TIMINGS}
-    checkpoint.save(
-        run.checkpoint_path,
-        {
-            **{key: described[key] for key in REPEATED},
-            "classes": list(splits.classes),
-            "mean": list(splits.stats.mean),
-            "std": list(splits.stats.std),
-            "metrics": {
-                **last,
-                "temperature": temperature,
-                "test_top1": report["top1"],
-                "test_top1_tta": report["top1_tta"],
-            },
-            "state_dict": {key: value.cpu() for key, value in model.state_dict().items()},
-        },
-    )
-    write_json(run.results_dir / "config.json", described)
-    report |= {"name": run.name, "checkpoint_sha256": sha256(run.checkpoint_path)}
-    write_json(run.results_dir / "test.json", report)
-    checkpoint.remove_state(run.state_path)
-    print(
-        f"test accuracy {100 * report['top1']:.2f} %, averaged over views ({tta}) "
-        f"{100 * report['top1_tta']:.2f} %\n({report['n']:,} images, read once)\n"
-        f"{class_lines(report)}",
-        flush=True,
-    )
-    best_effort(draw, run.results_dir, described, model, splits, logits, temperature, history)
-    best_effort(tables.write, run.results_dir.parent)
-    training.live.write("finished", report=report, train_seconds=described["train_seconds"])
-    pictures = [str(run.checkpoint_path), "--predict", "photo.jpg"]
-    print(
-        f"weights  {run.checkpoint_path}\nresults  {run.results_dir / 'index.html'}\n"
-        f"next     {commandline.quoted(commandline.typed('evaluate.py', pictures))}"
-    )
+    return "none" if config.get("flip") == "none" else "flip"
 
 
 def predict_split(
@@ -102,21 +54,31 @@ def predict_split(
     tta: str = "none",
     batch_size: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`engine.predict` for the images of a split, in fp32."""
-    batch_size = batch_size or (1000 if split.images.is_cuda else 250)
+    """`engine.predict` for the images of a split, in fp32.
+
+    Args:
+        model: on the split's device.
+        split: what it is asked.
+        stats: it was trained with.
+        side: of its input, pixels.
+        tta: see `engine.views`.
+        batch_size: images of 32x32 pixels at a time; by default 1000 on a GPU, 250 on a CPU.
+    """
+    if batch_size is None:
+        batch_size = 1000 if split.images.is_cuda else 250
     images = processes.own(split.images)
     return predict(model, data.inputs(images, stats, side, batch_size), tta=tta)
 
 
-def judge(
+def evaluate(
     model: nn.Module,
     splits: Splits,
     side: int,
     temperature: float | None,
     tta: str,
     batch_size: int | None = None,
-) -> tuple[Row, Tensor]:
-    """Judges a network on the test split; training and evaluate.py both do it here.
+) -> tuple[Row, Tensor, Tensor]:
+    """Evaluates a network on the test split, at the end of a training and in evaluate.py.
 
     Args:
         model: trained.
@@ -124,51 +86,110 @@ def judge(
         side: of the network's input, pixels.
         temperature: fitted on the validation split; None where there was none.
         tta: see `engine.views`.
-        batch_size: images of 32x32 pixels at a time.
+        batch_size: see `predict_split`.
 
     Returns:
         What test.json says but for the run's name: `metrics.summarize`, `tta`, the hardware,
-        seconds and date; and the logits (N, C) without augmentation.
+        seconds and date; and the logits (N, C) of the images as they are and averaged over views.
     """
     begin = time.perf_counter()
     logits, averaged = predict_split(model, splits.test, splits.stats, side, tta, batch_size)
-    summary = metrics.summarize(
+    report = metrics.summarize(
         logits,
         splits.test.labels.cpu(),
         temperature,
         None if tta == "none" else averaged,
         classes=splits.classes,
     )
-    more = {
-        "tta": tta,
-        "device": hardware(splits.test.images.device),
-        "seconds": round(time.perf_counter() - begin, 1),
-        "date": date.today().isoformat(),
-    }
-    return summary | more, logits
+    report["tta"] = tta
+    report["device"] = provenance.hardware(splits.test.images.device)
+    report["seconds"] = round(time.perf_counter() - begin, 1)
+    report["date"] = date.today().isoformat()
+    return report, logits, averaged
 
 
-def draw_batch(run: Run, batches: TrainBatches, splits: Splits) -> None:
-    """Draws batch.png, what the network sees: the first training images as augmentation left them.
+def evaluate_checkpoint(
+    path: Path,
+    model: nn.Module,
+    saved: Row,
+    device: torch.device,
+    *,
+    results_dir: Path,
+    data_dir: Path,
+    pictures: Path | None,
+    predictions_path: Path | None,
+    tta: str,
+    batch_size: int,
+) -> None:
+    """Evaluates a checkpoint on the test set; writes its test.json, pictures and page.
 
     Args:
-        run: in whose results it goes.
+        path: the checkpoint.
+        model: its network, on the device.
+        saved: what else it holds.
+        device: the model's.
+        results_dir: where the run's folder is.
+        data_dir: see `test_split`.
+        pictures: see `test_split`.
+        predictions_path: a CSV to write, a row for each test image.
+        tta: see `engine.views`.
+        batch_size: images of 32x32 pixels at a time.
+
+    Raises:
+        UnusableInput: the run's folder holds the results of another checkpoint.
+    """
+    run_dir = results_dir / saved["name"]
+    digest = sha256(path)
+    with processes.agreed():
+        earlier = processes.from_first(read_json(run_dir / "test.json"))
+        if earlier.get("checkpoint_sha256", digest) != digest:
+            raise UnusableInput(
+                f"{run_dir}/ holds the results of another checkpoint than {printable(path)}: give "
+                "--results-dir"
+            )
+        splits = test_split(saved, data_dir, pictures, device)
+    temperature = saved["metrics"].get("temperature")
+    side = saved.get("image_size", 32)
+    report, logits, averaged = evaluate(model, splits, side, temperature, tta, batch_size)
+    if launch.RANK > 0:
+        return
+    report["name"] = saved["name"]
+    report["checkpoint_sha256"] = digest
+    if report["top1_tta"] is None and earlier.get("top1_tta") is not None:  # of the same weights
+        report["tta"] = earlier["tta"]
+        report["top1_tta"] = earlier["top1_tta"]
+    if not (run_dir / "config.json").exists():
+        described = {key: saved[key] for key in provenance.REPEATED if key in saved}
+        write_json(run_dir / "config.json", described)
+    write_json(run_dir / "test.json", report)
+    if predictions_path:
+        labels = splits.test.labels.tolist()
+        predictions.write(predictions_path, labels, averaged, temperature, splits.classes, tta)
+    print(f"{printable(path)}\n{summary(report)}\n", flush=True)
+    rows = history.read(run_dir / "history.csv")
+    draw(run_dir, saved, model, splits, logits, temperature, rows)
+    content = saved | {
+        "status": "finished",
+        "updated": time.time(),
+        "history": rows,
+        "report": report,
+    }
+    best_effort(pages.write, run_dir, content)
+
+
+def draw_batch(path: Path, name: str, batches: TrainBatches, splits: Splits) -> None:
+    """Draws what the network sees: the first training images as augmentation left them.
+
+    Args:
+        path: the PNG.
+        name: of the run.
         batches: which it is to train on.
         splits: with the statistics to take the normalisation back by.
     """
-    if processes.RANK:
-        return
-
-    def picture(path: Path) -> None:
-        from reports import figures  # half a second
-
-        x, labels = next(batches.epoch(0))
-        mean, std = (torch.tensor(values)[:, None, None] for values in splits.stats)
-        images = (x[:32].cpu() * std + mean).clamp(0, 1).permute(0, 2, 3, 1)
-        title = f"{run.name}: what the network sees"
-        figures.batch(images, labels.cpu(), splits.classes, path, title)
-
-    best_effort(picture, run.results_dir / "batch.png")
+    x, labels = next(batches.epoch(0))
+    mean, std = (torch.tensor(values)[:, None, None] for values in splits.stats)
+    images = (x[:32].cpu() * std + mean).clamp(0, 1).permute(0, 2, 3, 1)
+    figures.batch(images, labels.cpu(), splits.classes, path, f"{name}: what the network sees")
 
 
 def draw(
@@ -178,33 +199,48 @@ def draw(
     splits: Splits,
     logits: Tensor,
     temperature: float | None,
-    history: Sequence[Row],
+    rows: Sequence[Row],
 ) -> None:
-    """Draws the pictures of a judged network: its mistakes, its first layer, its curves."""
-    from reports import figures  # half a second
+    """Draws the pictures of an evaluated network: its mistakes, its first layer, its curves.
 
-    name, side = described["name"], described.get("image_size", 32)
-    reference = None if described["config"].get("pictures") else ORIGINAL[described["arch"]]
-    labels, images, classes = splits.test.labels.cpu(), splits.test.images.cpu(), splits.classes
+    One that cannot be drawn is a warning and costs the others nothing.
+
+    Args:
+        run_dir: where they go.
+        described: what config.json says of the run.
+        model: trained.
+        splits: its test split is shown.
+        logits: (N, C) of the test images.
+        temperature: fitted on the validation split; None where there was none.
+        rows: of history.csv.
+    """
+    name = described["name"]
+    side = described.get("image_size", 32)
+    labels = splits.test.labels.cpu()
+    images = splits.test.images.cpu()
     matrix = metrics.confusion_matrix(logits, labels)
-    probabilities = (logits.double() / (temperature or 1.0)).softmax(1)
+    probabilities = predictions.probabilities(logits, temperature)
+    reference = None
+    if not described["config"].get("pictures"):
+        reference = ORIGINAL.get(described["arch"])
 
     def picture(kind: str, function: Callable[..., None], *arguments: Any) -> None:
         path = run_dir / f"{kind}.png"
         best_effort(lambda path: function(*arguments, path, name), path)
 
-    picture("confusion_matrix", figures.confusion_matrix, matrix, classes)
-    picture("mistakes", figures.mistakes, images, labels, probabilities, classes)
-    picture("calibration", figures.calibration, logits, labels, temperature)
-
-    def layer(path: Path) -> None:
+    def layer(path: Path, name: str) -> None:
         filters, example = first_layer(model, splits, side)
         figures.first_layer(filters, path, name, example)
 
-    best_effort(layer, run_dir / "first_layer.png")
-    if history:
-        path = run_dir / "curves.png"
-        best_effort(lambda path: figures.curves(history, path, name, reference), path)
+    def curves(path: Path, name: str) -> None:
+        figures.curves(rows, path, name, reference)
+
+    picture("confusion_matrix", figures.confusion_matrix, matrix, splits.classes)
+    picture("mistakes", figures.mistakes, images, labels, probabilities, splits.classes)
+    picture("calibration", figures.calibration, logits, labels, temperature)
+    picture("first_layer", layer)
+    if rows:
+        picture("curves", curves)
 
 
 @torch.inference_mode()
@@ -217,23 +253,33 @@ def first_layer(
         Filters (K, 3, h, w); the picture (H, W, 3) uint8 with its responses (L, h, w).
     """
     convolution = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
-    whitening = (module.filters for module in model.modules() if isinstance(module, Whitening))
+    filters = convolution.weight.detach()
+    for module in model.modules():
+        if isinstance(module, Whitening):
+            filters = module.filters
     responses: list[Tensor] = []
-    hook = convolution.register_forward_hook(lambda *_: responses.append(_[2]))
+
+    def note(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        responses.append(output)
+
+    hook = convolution.register_forward_hook(note)
     image = splits.test.images[:1]
-    model.eval()(next(data.inputs(image, splits.stats, side)))
+    model.eval()
+    model(next(data.inputs(image, splits.stats, side)))
     hook.remove()
-    filters = next(whitening, convolution.weight.detach())
     return filters.cpu(), (image[0].cpu(), responses[0][0].float().cpu())
 
 
 def class_lines(report: Row, width: int = 79) -> str:
     """Accuracy of each class in per cent, as many to a line as fit; of many classes the worst."""
-    known = {k: v for k, v in report["per_class"].items() if v is not None}
-    worst = sorted(known, key=known.get)[:10]
-    chosen = [name for name in known if len(known) <= 10 or name in worst]
-    text = ", ".join(f"{printable(name)} {100 * known[name]:.1f}" for name in chosen)
-    title = "by class (%): " if len(known) <= 10 else "worst classes (%): "
+    known = {name: value for name, value in report["per_class"].items() if value is not None}
+    shown = known
+    title = "by class (%): "
+    if len(known) > WORST_SHOWN:
+        worst = sorted(known, key=known.get)[:WORST_SHOWN]
+        shown = {name: value for name, value in known.items() if name in worst}
+        title = "worst classes (%): "
+    text = ", ".join(f"{printable(name)} {100 * value:.1f}" for name, value in shown.items())
     return textwrap.fill(title + text, width, subsequent_indent="  ")
 
 
@@ -249,31 +295,22 @@ def summary(report: Row) -> str:
             f"  after scaling   {100 * report['ece_calibrated']:.2f} % "
             f"(temperature {report['temperature']:.3f})"
         )
-    return "\n".join([*lines, "", class_table(report)])
+    lines.append("")
+    lines.append(class_table(report))
+    return "\n".join(lines)
 
 
 def class_table(report: Row) -> str:
     """Accuracy, precision, recall and F1 of each class in per cent, the macro averages last."""
-    rows = {"class": ("precision", "recall", "F1")}
-    scores = {**report["by_class"], "macro average": report["macro"]}
+    scores = report["by_class"] | {"macro average": report["macro"]}
+    names = {name: printable(name) for name in scores}
+    width = min(max(len(text) for text in names.values()), 40)
+    lines = [f"{'class':<{width}}  {'precision':>9} {'recall':>7} {'F1':>7}"]
     for name, values in scores.items():
-        cells = (values[key] for key in ("precision", "recall", "f1"))
-        rows[printable(name)] = tuple("-" if v is None else f"{100 * v:.2f}" for v in cells)
-    width = min(max(map(len, rows)), 40)
-    return "\n".join(f"{n:<{width}.{width}}  {p:>9} {r:>7} {f:>7}" for n, (p, r, f) in rows.items())
+        precision, recall, f1 = (_percent(values[key]) for key in ("precision", "recall", "f1"))
+        lines.append(f"{names[name]:<{width}.{width}}  {precision:>9} {recall:>7} {f1:>7}")
+    return "\n".join(lines)
 
 
-def write_predictions(
-    path: Path, splits: Splits, logits: Tensor, temperature: float | None
-) -> None:
-    """Writes a row for each test image: index, true and predicted class, probabilities."""
-    probabilities = (logits.double() / (temperature or 1.0)).softmax(1)
-    text = io.StringIO()
-    rows = csv.writer(text, lineterminator="\n")
-    rows.writerow(["index", "true", "predicted", *splits.classes])
-    for index, (label, values) in enumerate(
-        zip(splits.test.labels.tolist(), probabilities, strict=True)
-    ):
-        names = splits.classes[label], splits.classes[int(values.argmax())]
-        rows.writerow([index, *names, *(f"{value:.6f}" for value in values.tolist())])
-    write_atomically(path, text.getvalue())
+def _percent(fraction: float | None) -> str:
+    return "-" if fraction is None else f"{100 * fraction:.2f}"

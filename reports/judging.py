@@ -1,18 +1,12 @@
 """A saved network on its test images, and the files that say how it did."""
 
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from data import ChannelStats, Split, Splits
 from errors import UnusableInput, printable
-from reports import evaluation, history, pages, provenance
-from reports.live import best_effort
-from runtime import processes
-from storage.files import read_json, sha256, write_json
 
 
 def test_split(
@@ -55,65 +49,3 @@ def test_split(
     labels = torch.from_numpy(arrays.test_labels[:limit].astype("int64")).to(device)
     stats = ChannelStats(tuple(saved["mean"]), tuple(saved["std"]))
     return Splits(arrays.classes, stats, None, None, Split(images, labels))
-
-
-def judge_checkpoint(
-    path: Path,
-    model: nn.Module,
-    saved: dict[str, Any],
-    device: torch.device,
-    *,
-    results_dir: Path,
-    data_dir: Path,
-    pictures: Path | None,
-    predictions: Path | None,
-    tta: str,
-    batch_size: int,
-) -> None:
-    """Evaluates a checkpoint on the test set; writes its test.json, pictures and page.
-
-    Args:
-        path: the checkpoint.
-        model: its network, on the device.
-        saved: what else it holds.
-        device: the model's.
-        results_dir: where the run's folder is.
-        data_dir: see `test_split`.
-        pictures: see `test_split`.
-        predictions: a CSV to write, a row for each test image.
-        tta: see `engine.views`.
-        batch_size: images of 32x32 pixels at a time.
-
-    Raises:
-        UnusableInput: the run's folder holds the results of another checkpoint.
-    """
-    run_dir, digest = results_dir / saved["name"], sha256(path)
-    with processes.agreed():
-        earlier = processes.from_first(read_json(run_dir / "test.json"))
-        if earlier.get("checkpoint_sha256", digest) != digest:
-            raise UnusableInput(
-                f"{run_dir}/ holds the results of another checkpoint than {printable(path)}: give "
-                "--results-dir"
-            )
-        splits = test_split(saved, data_dir, pictures, device)
-    temperature = saved["metrics"].get("temperature")
-    side = saved.get("image_size", 32)
-    report, logits = evaluation.judge(model, splits, side, temperature, tta, batch_size)
-    if processes.RANK:
-        return
-    report |= {"name": saved["name"], "checkpoint_sha256": digest}
-    if report["top1_tta"] is None:
-        report |= {key: earlier[key] for key in ("tta", "top1_tta") if key in earlier}
-    if not (run_dir / "config.json").exists():
-        write_json(
-            run_dir / "config.json", {k: saved[k] for k in provenance.REPEATED if k in saved}
-        )
-    write_json(run_dir / "test.json", report)
-    if predictions:
-        evaluation.write_predictions(predictions, splits, logits, temperature)
-    print(f"{printable(path)}\n{evaluation.summary(report)}\n", flush=True)
-    rows = history.read(run_dir / "history.csv")
-    evaluation.draw(run_dir, saved, model, splits, logits, temperature, rows)
-    content = {**saved, "status": "finished", "updated": time.time()}
-    content |= {"history": rows, "report": report}
-    best_effort(lambda path: pages.write(path, content), run_dir)

@@ -3,11 +3,11 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from reports import pages
-from runs.run import Run
-from runtime import processes
+from runtime import launch
 
 MOST_POINTS = 300  # of the loss by step; beyond, every second one goes
 
@@ -17,13 +17,13 @@ class Live:
     """What the page of a training shows, gathered while it runs.
 
     Attributes:
-        run: in whose results the page lies.
+        results_dir: of the run; the page lies there.
         described: what `provenance.describe` returned.
         rows: the history, which grows.
         num_steps: of the whole training.
     """
 
-    run: Run
+    results_dir: Path
     described: dict[str, Any]
     rows: list[dict[str, Any]]
     num_steps: int
@@ -68,7 +68,7 @@ class Live:
             status: "running", "stopped" or "finished".
             more: further content of `pages.write`, such as `report`.
         """
-        if processes.RANK:
+        if launch.RANK:
             return
         begin = time.monotonic()
         content = {
@@ -83,7 +83,7 @@ class Live:
             "updated": time.time(),
             **more,
         }
-        best_effort(pages.write, self.run.results_dir, content)
+        best_effort(pages.write, self.results_dir, content)
         took = time.monotonic() - begin
         self.next_write = time.monotonic() + max(3.0, 200 * took)  # at most half a per cent
 

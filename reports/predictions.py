@@ -1,18 +1,63 @@
-"""Classifies pictures with a trained network: prints what it takes them for, and draws it."""
+"""What a trained network takes pictures for: on the screen, as a CSV and as a figure."""
 
+import csv
+import io
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from data import ChannelStats, Split
+from data import ChannelStats, inputs
+from engine import predict
 from errors import UnusableInput, printable
-from reports import evaluation
+from reports import figures
 from sources import pictures
+from storage.files import write_atomically
 
 MOST_DRAWN = 50  # pictures in one figure
+
+
+def probabilities(logits: Tensor, temperature: float | None) -> Tensor:
+    """Probabilities (N, C) float64 from logits; calibrated where a temperature was fitted."""
+    return (logits.double() / (temperature or 1.0)).softmax(1)
+
+
+def write(
+    path: Path,
+    labels: Sequence[int],
+    logits: Tensor,
+    temperature: float | None,
+    classes: Sequence[str],
+    tta: str,
+) -> None:
+    """Writes a row for each test image: index, true and predicted class, views, probabilities.
+
+    Args:
+        path: the CSV.
+        labels: N of them.
+        logits: (N, C), averaged over the views.
+        temperature: fitted on the validation split; None where there was none.
+        classes: C names.
+        tta: the views, as `engine.views` names them.
+    """
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    names = [cell(name) for name in classes]
+    table.writerow(["index", "true", "predicted", "views", *names])
+    for index, label in enumerate(labels):
+        values = probabilities(logits[index : index + 1], temperature)[0]
+        predicted = names[int(values.argmax())]
+        shares = [f"{value:.6f}" for value in values.tolist()]
+        table.writerow([index, names[label], predicted, tta, *shares])
+    write_atomically(path, text.getvalue())
+
+
+def cell(text: str) -> str:
+    """Text for a cell of a CSV; a spreadsheet would run what begins like a formula."""
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
 
 
 def classify(
@@ -36,42 +81,61 @@ def classify(
     """
     files = list(pictures.find(paths))
     if not files:
-        given = " ".join(map(printable, paths))
+        given = " ".join(printable(path) for path in paths)
         raise UnusableInput(f"--predict {given}: no pictures there; give files or their folder")
     names = [printable(file.name) for file in files]
     if len(set(names)) < len(names):
         names = [printable(file) for file in files]
-    width, unreadable, shown = min(max(map(len, names)), 40), 0, []
-    device = next(model.parameters()).device
-    stats = ChannelStats(tuple(saved["mean"]), tuple(saved["std"]))
-    side = saved.get("image_size", 32)
+    width = min(max(len(name) for name in names), 40)
     seen_side = saved.get("data", {}).get("image_shape", [32])[0]
+    temperature = saved["metrics"].get("temperature")
+    print(_heading(tta, temperature), flush=True)
+    num_unreadable = 0
+    shown = []
     for name, file in zip(names, files, strict=True):
         notes: list[str] = []
         try:
             seen = pictures.load(file, seen_side, notes)
         except UnusableInput as error:
             print(f"error: {error}", file=sys.stderr)
-            unreadable += 1
+            num_unreadable += 1
             continue
-        split = Split(torch.from_numpy(seen)[None].to(device), torch.zeros(1, dtype=torch.int64))
-        _, logits = evaluation.predict_split(model, split, stats, side, tta)
-        scaled = logits[0] / (saved["metrics"].get("temperature") or 1.0)
-        top = scaled.softmax(0).topk(min(3, len(saved["classes"])))
-        likely = [
-            (printable(saved["classes"][index]), value)
-            for value, index in zip(top.values.tolist(), top.indices.tolist(), strict=True)
-        ]
+        logits = _logits(model, seen, saved, tta)
+        likely = _likeliest(probabilities(logits, temperature)[0], saved["classes"])
         guesses = ", ".join(f"{label} {100 * value:.1f} %" for label, value in likely)
-        print(f"{name:<{width}}  {guesses}", *(f"({note})" for note in notes), flush=True)
+        remarks = "".join(f" ({note})" for note in notes)
+        print(f"{name:<{width}}  {guesses}{remarks}", flush=True)
         if figure and len(shown) < MOST_DRAWN:
             shown.append((name, pictures.load(file, 224), seen, likely))
-    if figure and shown:
-        from reports import figures  # matplotlib takes half a second
-
+    if shown:
         figures.predictions(shown, figure, saved["name"])
         print(f"drawn in {printable(figure)}: {len(shown)} of {len(files)}")
-    if unreadable:
+    if num_unreadable:
         raise UnusableInput(
-            f"{unreadable} of {len(files)} pictures could not be read, named above: leave them out"
+            f"{num_unreadable} of {len(files)} pictures could not be read, named above: leave them "
+            "out"
         )
+
+
+def _heading(tta: str, temperature: float | None) -> str:
+    """Says how the probabilities that follow were made."""
+    views = "each picture as it is" if tta == "none" else f"averaged over views ({tta})"
+    if temperature is None:
+        return f"probabilities: {views}, not calibrated (too few validation images)"
+    return f"probabilities: {views}, calibrated on validation images"
+
+
+def _logits(model: nn.Module, seen: Any, saved: dict[str, Any], tta: str) -> Tensor:
+    """Logits (1, C) of one picture (S, S, 3) uint8, averaged over the views."""
+    device = next(model.parameters()).device
+    images = torch.from_numpy(seen)[None].to(device)
+    stats = ChannelStats(tuple(saved["mean"]), tuple(saved["std"]))
+    _, averaged = predict(model, inputs(images, stats, saved.get("image_size", 32)), tta=tta)
+    return averaged
+
+
+def _likeliest(shares: Tensor, classes: Sequence[str]) -> list[tuple[str, float]]:
+    """The three likeliest classes with their probabilities, the likeliest first."""
+    top = shares.topk(min(3, len(classes)))
+    names = [printable(classes[index]) for index in top.indices.tolist()]
+    return list(zip(names, top.values.tolist(), strict=True))

@@ -1,9 +1,8 @@
-"""What a run writes down of itself at its start: settings, surroundings, revision of the code."""
+"""Where a run's numbers come from: settings, versions, hardware, revision of the code."""
 
 import os
 import platform
 import subprocess
-import sys
 from contextlib import suppress
 from datetime import date
 from importlib.metadata import version
@@ -16,30 +15,92 @@ from torch import nn
 from config.recipes import changed
 from config.settings import Settings
 from data import Splits
-from errors import UnusableInput
-from runs.run import Run
-from runtime import processes
+from runtime import launch
 from runtime.amx import cpu_features
-from storage.files import read_json, write_json
 
 CPU = torch.device("cpu")
 # What a checkpoint repeats of config.json.
 REPEATED = (
-    *("name", "arch", "surgery", "image_size", "command", "config", "changed", "start_weights"),
-    *("precision", "environment", "revision", "splits", "data", "parameters", "date"),
+    "name",
+    "arch",
+    "surgery",
+    "image_size",
+    "command",
+    "config",
+    "changed",
+    "start_weights",
+    "precision",
+    "environment",
+    "revision",
+    "splits",
+    "data",
+    "parameters",
+    "date",
     "train_seconds",
 )
+# What a result depends on besides settings and code; the environment's keys are among them.
+IDENTITY = ("surgery", "start_weights", "device", "hardware", "torch", "threads", "processes")
+
+
+def describe(
+    *,
+    name: str,
+    command: str,
+    settings: Settings,
+    arch: str,
+    arguments: dict[str, Any],
+    image_size: int,
+    model: nn.Module,
+    splits: Splits,
+    data: dict[str, Any],
+    start_weights: dict[str, str],
+    precision: str,
+) -> dict[str, Any]:
+    """What config.json says of a run.
+
+    Args:
+        name: of the run.
+        command: that starts it.
+        settings: of the run.
+        arch: "custom_cnn" or a pretrained network's name.
+        arguments: how `models.create_model` built the network.
+        image_size: side of the network's input, pixels.
+        model: the network, frozen where it is to be.
+        splits: what it learns from.
+        data: where the data came from.
+        start_weights: where the weights came from.
+        precision: "fp32" or "bf16".
+    """
+    sizes = {"train": len(splits.train.labels), "val": 0, "test": len(splits.test.labels)}
+    if splits.val:
+        sizes["val"] = len(splits.val.labels)
+    return {
+        "name": name,
+        "arch": arch,
+        "surgery": arguments,  # the name that the format gives them
+        "image_size": image_size,
+        "start_weights": start_weights,
+        "data": data,
+        "command": command,
+        "config": settings.plain(),
+        "changed": changed(settings),
+        "precision": precision,
+        "environment": environment(splits.train.labels.device),
+        "revision": revision(),
+        "splits": sizes,
+        "parameters": num_parameters(model),
+        "date": date.today().isoformat(),
+    }
 
 
 def identity(described: dict[str, Any]) -> dict[str, Any]:
-    """What a result depends on besides settings and code."""
-    keys = ("surgery", "start_weights", "device", "hardware", "torch", "threads", "processes")
+    """What a result depends on besides settings and code, from what `describe` returned."""
     everything = described | described["environment"]
-    return {key: everything[key] for key in keys}
+    return {key: everything[key] for key in IDENTITY}
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """What a result depends on besides the code: versions and hardware."""
+    """Versions and hardware."""
     return {
         "device": device.type,
         "hardware": hardware(device),
@@ -48,23 +109,37 @@ def environment(device: torch.device) -> dict[str, Any]:
         "torchvision": version("torchvision"),  # importing it takes seconds
         "platform": f"{platform.system()} {platform.machine()}",
         "threads": torch.get_num_threads(),
-        "processes": processes.SIZE,
-        "machines": processes.MACHINES,
+        "processes": launch.WORLD_SIZE,
+        "machines": launch.NUM_MACHINES,
     }
 
 
 def hardware(device: torch.device) -> str:
-    """The name of the GPU, or of the CPU with its number of cores."""
+    """The name of the GPU, or of the CPU with the number of cores that this process may use."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type != "cpu":
         return device.type
     name = platform.processor() or platform.machine()
-    with suppress(OSError, StopIteration):  # not Linux, or a processor that gives no name
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.split(": ", 1)[1] for line in lines if line.startswith("model name"))
-    extras = [n for n in ("avx512_bf16", "amx_bf16") if cpu_features().get(n)]
-    return ", ".join([f"{os.cpu_count()} cores {name.strip()}", *extras[-1:]])
+    with suppress(OSError):  # not Linux
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                name = line.split(": ", 1)[1]
+                break
+    text = f"{_num_cores()} cores {name.strip()}"
+    features = cpu_features()
+    if features.get("amx_bf16"):
+        return f"{text}, amx_bf16"
+    if features.get("avx512_bf16"):
+        return f"{text}, avx512_bf16"
+    return text
+
+
+def _num_cores() -> int | None:
+    """Cores that this process may use, which a job system or `taskset` may have made fewer."""
+    if hasattr(os, "sched_getaffinity"):  # Linux
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
 
 
 def revision() -> str | None:
@@ -83,70 +158,3 @@ def num_parameters(model: nn.Module) -> dict[str, int]:
         "total": sum(p.numel() for p in model.parameters()),
         "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
     }
-
-
-@processes.agreed()
-def describe(
-    run: Run, settings: Settings, model: nn.Module, splits: Splits, precision: str, **more: Any
-) -> dict[str, Any]:
-    """Writes config.json at the start of a run, says what begins, and returns the content.
-
-    Args:
-        run: the claimed run; if it goes on it keeps the command and day of its beginning.
-        settings: of the run.
-        model: the network, frozen where it is to be.
-        splits: what it learns from.
-        precision: "fp32" or "bf16".
-        more: `arch`, `surgery` (how the network was built), `image_size` (of its input, pixels),
-            `start_weights` and `data` (where they came from).
-
-    Raises:
-        UnusableInput: the run was started with another network, weights or kind of device.
-    """
-    device = splits.train.labels.device
-    held = {"train": splits.train, "val": splits.val, "test": splits.test}
-    content = {
-        "name": run.name,
-        **more,
-        "command": run.command,
-        "config": settings.plain(),
-        "changed": changed(settings),
-        "precision": precision,
-        "environment": environment(device),
-        "revision": revision(),
-        "splits": {name: len(split.labels) if split else 0 for name, split in held.items()},
-        "parameters": num_parameters(model),
-        "date": date.today().isoformat(),
-    }
-    if processes.RANK:
-        return content
-    path = run.results_dir / "config.json"
-    if run.state:
-        _compare(run.state["identity"], identity(content))
-        before = read_json(path)
-        content |= {key: before[key] for key in ("command", "date") if key in before}
-    write_json(path, content)
-    _announce(run, content)
-    return content
-
-
-def _announce(run: Run, content: dict[str, Any]) -> None:
-    sizes, counts = content["splits"], content["parameters"]
-    print(
-        f"{run.name}: {content['arch']}, {counts['total']:,} parameters, {counts['trainable']:,} "
-        f"of them train, {content['config']['epochs']} epochs\n{sizes['train']:,} training, "
-        f"{sizes['val']:,} validation, {sizes['test']:,} test images\n"
-        f"on {content['environment']['hardware']}\n"
-        f"live page {run.results_dir / 'index.html'}",
-        flush=True,
-    )
-
-
-def _compare(saved: dict[str, Any], here: dict[str, Any]) -> None:
-    """Refuses to go on with another network; warns of other hardware."""
-    for key, before in saved.items():
-        if here[key] != before:
-            message = f"the run was started with {key} {before}, not {here[key]}"
-            if key in ("surgery", "start_weights", "device"):
-                raise UnusableInput(f"--resume: {message}; restore it or start another run")
-            print(f"warning: {message}; the last bits may differ", file=sys.stderr)

@@ -4,6 +4,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,7 +13,8 @@ from tqdm import tqdm
 
 from data import ChannelStats, Draws, Splits, TrainBatches, inputs, send
 from engine import forward
-from runtime import processes
+from runs.loading import Validation
+from runtime import launch, processes
 from runtime.memory import available_memory
 
 
@@ -66,7 +68,7 @@ def _allocate(shape: tuple[int, ...], precision: str, scratch: Path) -> Tensor:
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     count = torch.Size(shape).numel()
     size = count * dtype.itemsize
-    on_disk = size > available_memory() * processes.MACHINES / (2 * processes.SIZE)
+    on_disk = size > available_memory() * launch.NUM_MACHINES / (2 * launch.WORLD_SIZE)
     place = f"a file in {scratch.parent}/" if on_disk else "memory"
     both = ", plain and mirrored" if shape[1] == 2 else ""
     print(f"features of {shape[0]:,} images{both}: {size / 1e6:,.0f} MB in {place}", flush=True)
@@ -117,20 +119,22 @@ class FeatureBatches(TrainBatches):
 
 def of_trunk(
     trunk: nn.Module, batches: TrainBatches, splits: Splits, precision: str, scratch: Path
-) -> tuple[FeatureBatches, Tensor | None]:
+) -> tuple[FeatureBatches, Validation | None]:
     """Batches of a frozen trunk's output, and that output of this process's validation images.
 
     Order and flips are those of `batches`; all else is as in `compute_features`.
     """
     options = splits.stats, batches.side, precision, scratch
     mirrored = batches.augmentation.flip != "none"
-    mine = splits.train.images[processes.RANK :: processes.SIZE]
+    mine = splits.train.images[launch.RANK :: launch.WORLD_SIZE]
     features = compute_features(trunk, mine, *options, mirrored=mirrored)
-    judged = None
+    validation = None
     if splits.val:
         own = processes.own(splits.val.images)
-        judged = compute_features(trunk, own, *options, mirrored=False)
-    return FeatureBatches(batches, features), judged
+        plain = compute_features(trunk, own, *options, mirrored=False)
+        of_images = partial(feature_inputs, plain, splits.val.labels.device)
+        validation = Validation(of_images, splits.val.labels)
+    return FeatureBatches(batches, features), validation
 
 
 def feature_inputs(features: Tensor, device: torch.device) -> Iterator[Tensor]:

@@ -1,16 +1,18 @@
 """What a run begins from: the data its settings name, and the weights."""
 
 import dataclasses
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from config.settings import CustomSettings, Settings, sizes
-from data import Augmentation, Splits, TrainBatches, make_splits
+from config.settings import Settings, sizes
+from data import Augmentation, Splits, TrainBatches, inputs, make_splits
 from errors import UnusableInput, printable
-from runtime import processes
+from runtime import launch, processes
 from runtime.device import choose_precision
 from storage import checkpoint
 from storage.files import sha256
@@ -50,7 +52,7 @@ def load_splits(settings: Settings, device: torch.device) -> tuple[Splits, dict[
             "smaller batch"
         )
     steps = settings.epochs * -(-size // settings.batch_size)
-    if steps < FEW_STEPS and not settings.limit and not processes.RANK:
+    if steps < FEW_STEPS and not settings.limit and launch.RANK == 0:
         more = -(-FEW_STEPS // -(-size // 32))
         print(f"{steps} steps are few to learn in: try --batch-size 32 --epochs {more}")
     shape = list(splits.train.images.shape[1:3])  # (H, W)
@@ -121,14 +123,23 @@ def _of_checkpoint(
 
 
 def settle_precision(
-    settings: Settings, model: nn.Module, batches: TrainBatches, state: dict[str, Any] | None
+    wanted: str, model: nn.Module, batches: TrainBatches, state: dict[str, Any] | None
 ) -> str:
-    """Takes a resumed run's precision from its state, else chooses one and says why."""
+    """Takes a resumed run's precision from its state, else chooses one; says why.
+
+    Args:
+        wanted: "auto", "fp32" or "bf16".
+        model: that is to train.
+        batches: which it is to see.
+        state: of the run that goes on, or None.
+    """
     if state:
-        precision, reason = state["precision"], f"precision {state['precision']}: as before"
+        precision = state["precision"]
+        reason = f"precision {precision}: as before"
     else:
-        batch, wanted = next(batches.epoch(0)), settings.precision
-        wanted = "fp32" if processes.RANK else wanted  # the first process measures for all
+        batch = next(batches.epoch(0))
+        if launch.RANK > 0:
+            wanted = "fp32"  # not to be measured here: the first process measures for all
         precision, reason = choose_precision(wanted, model, batch, batch[0].device)
         precision = processes.from_first(precision)
     print(reason, flush=True)
@@ -145,18 +156,25 @@ def train_batches(settings: Settings, splits: Splits, side: int) -> TrainBatches
         side=side,
         small_first=sizes(settings.small_first),
         num_epochs=settings.epochs,
-        part=(processes.RANK, processes.SIZE),
+        part=(launch.RANK, launch.WORLD_SIZE),
     )
 
 
-def grouping(settings: CustomSettings) -> dict[str, Any]:
-    """What `optimizers.parameter_groups` takes of the settings."""
-    names = ("optimizer", "weight_decay", "bias_lr_scale")
-    taken = {name: getattr(settings, name) for name in names}
-    return taken | {"muon_lr_scale": settings.muon_lr / settings.lr}
+class Validation(NamedTuple):
+    """What a network is evaluated on after every epoch."""
+
+    inputs: Callable[[], Iterator[Tensor]]  # begins anew with each call; see `engine.predict`
+    labels: Tensor  # (N,) int64
 
 
-def learning(settings: Settings) -> dict[str, Any]:
-    """What `engine.train` takes of the settings."""
-    names = ("epochs", "lr", "warmup", "schedule", "label_smoothing")
-    return {k: v for k, v in dataclasses.asdict(settings).items() if k in names}
+def validation(splits: Splits, side: int) -> Validation | None:
+    """This process's part of the validation images; None where there is no such split.
+
+    Args:
+        splits: with the statistics to normalise by.
+        side: of the network's input, pixels.
+    """
+    if splits.val is None:
+        return None
+    images = processes.own(splits.val.images)
+    return Validation(partial(inputs, images, splits.stats, side), splits.val.labels)

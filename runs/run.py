@@ -1,22 +1,46 @@
-"""One run: its name, its lock, its files, and what it starts or goes on from."""
+"""One run: its name, its lock, its files, what it starts or goes on from, how it begins."""
 
 import os
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
 from config.settings import HARMLESS, Settings, flag, typed
+from data import Splits, TrainBatches
 from errors import AlreadyFinished, Stopped, UnusableInput, printable
-from storage.files import holder, locked, previous, read_json
+from reports import evaluation, provenance
+from reports.live import best_effort
+from runs.loading import settle_precision
+from runtime import launch, processes
+from runtime.amx import as_products
+from runtime.device import select_device
+from storage import checkpoint
+from storage.files import holder, locked, previous, read_json, write_json
+
+# What a resumed run must share with its beginning; other surroundings may differ, with a warning.
+FIXED = ("surgery", "start_weights", "device")
 
 
 @dataclass(frozen=True)
 class Run:
-    """A claimed name and where its files lie; `state` is what an interrupted run of it saved."""
+    """A claimed name and where its files lie.
+
+    Attributes:
+        name: of the run.
+        checkpoint_path: where the final weights go.
+        state_path: where the state of the unfinished run is kept.
+        results_dir: where numbers and pictures go.
+        command: that starts it.
+        state: what an interrupted run of this name saved; None for one that begins.
+        device: of this process.
+    """
 
     name: str
     checkpoint_path: Path
@@ -24,6 +48,7 @@ class Run:
     results_dir: Path
     command: str
     state: dict[str, Any] | None
+    device: torch.device
 
 
 @contextmanager
@@ -34,29 +59,38 @@ def claim(settings: Settings, default_name: str, command: str) -> Iterator[Run]:
     `--resume` an unfinished run goes on, and one that has not begun begins, so that one command
     serves both times. Whatever ends the block early, the user reads here how to go on.
 
+    Args:
+        settings: of the run.
+        default_name: where the settings name none.
+        command: that starts it.
+
     Raises:
         UnusableInput: another process holds the name; or the run is unfinished and `--resume` is
-            not given, or was started with other settings.
+            not given, or was started with other settings; or the device is not here.
         AlreadyFinished: the run to resume has finished.
     """
-    from runtime import processes  # and torch, which --help need not wait for
-
     with ExitStack() as stack:
+        device = stack.enter_context(processes.joined(select_device(settings.device)))
         run = None
         with processes.agreed():
-            if not processes.RANK:
-                run = stack.enter_context(_claimed(settings, default_name, command))
-        run = processes.from_first(run)
+            if launch.RANK == 0:
+                claimed = _claimed(settings, default_name, command, device)
+                run = stack.enter_context(claimed)
+        run = replace(processes.from_first(run), device=device)
         stack.enter_context(_says_how_to_go_on(run))
         stack.enter_context(processes.losses_told())
         yield run
 
 
 @contextmanager
-def _claimed(settings: Settings, default_name: str, command: str) -> Iterator[Run]:
+def _claimed(
+    settings: Settings, default_name: str, command: str, device: torch.device
+) -> Iterator[Run]:
     for option in ("checkpoint_dir", "results_dir"):
         _make_folder(flag(option), getattr(settings, option))
     name = _free_name(settings, settings.run_name or default_name)
+    results_dir = settings.results_dir / name
+    state_path = _state_path(settings, name)
     with (
         _own(settings.checkpoint_dir / f"{name}.lock", name),
         _own(settings.results_dir / f".{name}.lock", name),
@@ -64,31 +98,126 @@ def _claimed(settings: Settings, default_name: str, command: str) -> Iterator[Ru
         if not settings.resume and _finished(settings, name):
             raise UnusableInput(f"run {name} has finished this moment; repeat the command")
         _sweep(settings, name)
-        state_path = _state_path(settings, name)
-        results_dir = settings.results_dir / name
         state = None
         if settings.resume:
-            if _finished(settings, name):
-                _check_same(
-                    settings, read_json(results_dir / "config.json").get("config", {}), name
-                )
-                raise AlreadyFinished(f"run {name} is finished: {results_dir}/")
-            from storage import checkpoint
-
-            state, problems = checkpoint.load_state(state_path)
-            for problem in problems:
-                print(f"warning: {problem}; going on from the state before it", file=sys.stderr)
-            if state is None:
-                print(f"run {name} has no saved state: it begins")
-            else:
-                _check_same(settings, state["config"], name)
-        elif _exists(_state_path(settings, name)):
+            state = _state_to_resume(settings, name)
+        elif _exists(state_path):
             go_on = resume_command(results_dir, command)
             raise UnusableInput(
                 f"run {name} is unfinished: continue with `{go_on}`, or start another with "
                 "--run-name NAME"
             )
-        yield Run(name, _checkpoint_path(settings, name), state_path, results_dir, command, state)
+        yield Run(
+            name=name,
+            checkpoint_path=_checkpoint_path(settings, name),
+            state_path=state_path,
+            results_dir=results_dir,
+            command=command,
+            state=state,
+            device=device,
+        )
+
+
+def _state_to_resume(settings: Settings, name: str) -> dict[str, Any] | None:
+    """The saved state of an unfinished run; None where none was saved yet."""
+    results_dir = settings.results_dir / name
+    if _finished(settings, name):
+        _check_same(settings, read_json(results_dir / "config.json").get("config", {}), name)
+        raise AlreadyFinished(f"run {name} is finished: {results_dir}/")
+    state, problems = checkpoint.load_state(_state_path(settings, name))
+    for problem in problems:
+        print(f"warning: {problem}; going on from the state before it", file=sys.stderr)
+    if state is None:
+        print(f"run {name} has no saved state: it begins")
+    else:
+        _check_same(settings, state["config"], name)
+    return state
+
+
+def begin(
+    run: Run,
+    settings: Settings,
+    model: nn.Module,
+    batches: TrainBatches,
+    splits: Splits,
+    *,
+    arch: str,
+    arguments: dict[str, Any],
+    start_weights: dict[str, str],
+    data: dict[str, Any],
+) -> dict[str, Any]:
+    """Begins a run or goes on with it: settles its precision, writes config.json, says what runs.
+
+    Args:
+        run: the claimed run; if it goes on it keeps the command and day of its beginning.
+        settings: of the run.
+        model: frozen where it is to be; its convolutions may be replaced by faster ones.
+        batches: which it is to see; the first is drawn.
+        splits: what it learns from.
+        arch: "custom_cnn" or a pretrained network's name.
+        arguments: how `models.create_model` built the network.
+        start_weights: where the weights came from.
+        data: where the data came from.
+
+    Returns:
+        What config.json says, `precision` among it.
+
+    Raises:
+        UnusableInput: the run was started with another network, weights or kind of device.
+    """
+    if launch.RANK == 0:
+        batch_path = run.results_dir / "batch.png"
+        best_effort(evaluation.draw_batch, batch_path, run.name, batches, splits)
+    precision = settle_precision(settings.precision, model, batches, run.state)
+    as_products(model, precision, run.device)
+    described = provenance.describe(
+        name=run.name,
+        command=run.command,
+        settings=settings,
+        arch=arch,
+        arguments=arguments,
+        image_size=batches.side,
+        model=model,
+        splits=splits,
+        data=data,
+        start_weights=start_weights,
+        precision=precision,
+    )
+    with processes.agreed():
+        if launch.RANK == 0:
+            path = run.results_dir / "config.json"
+            if run.state:
+                _check_surroundings(run.state["identity"], provenance.identity(described))
+                before = read_json(path)
+                for key in ("command", "date"):
+                    described[key] = before.get(key, described[key])
+            write_json(path, described)
+            _announce(run, described)
+    return described
+
+
+def _check_surroundings(saved: dict[str, Any], here: dict[str, Any]) -> None:
+    """Refuses to go on with another network; warns of other hardware."""
+    for key, before in saved.items():
+        if here[key] == before:
+            continue
+        message = f"the run was started with {key} {before}, not {here[key]}"
+        if key in FIXED:
+            raise UnusableInput(f"--resume: {message}; restore it or start another run")
+        print(f"warning: {message}; the last bits may differ", file=sys.stderr)
+
+
+def _announce(run: Run, described: dict[str, Any]) -> None:
+    sizes = described["splits"]
+    counts = described["parameters"]
+    print(
+        f"{run.name}: {described['arch']}, {counts['total']:,} parameters, "
+        f"{counts['trainable']:,} of them train, {described['config']['epochs']} epochs\n"
+        f"{sizes['train']:,} training, {sizes['val']:,} validation, {sizes['test']:,} test images\n"
+        f"on {described['environment']['hardware']}\n"
+        f"live page {run.results_dir / 'index.html'}",
+        flush=True,
+    )
 
 
 @contextmanager
@@ -96,24 +225,30 @@ def _says_how_to_go_on(run: Run) -> Iterator[None]:
     """Adds to what ends a run early what was kept of it and the command that continues."""
     try:
         yield
-    except (KeyboardInterrupt, Stopped, OSError, FloatingPointError) as error:
-        kept = _exists(run.state_path)
-        go_on = resume_command(run.results_dir, run.command)
-        if isinstance(error, FloatingPointError):
-            saved = "the last saved state is good" if kept else "no state was saved"
-            raise FloatingPointError(
-                f"{error}; {saved}: start anew with --run-name NAME and a lower --lr, or with "
-                "--precision fp32"
-            ) from error
-        if not kept:
+    except FloatingPointError as error:
+        saved = "no state was saved"
+        if _exists(run.state_path):
+            saved = "the last saved state is good"
+        raise FloatingPointError(
+            f"{error}; {saved}: start anew with --run-name NAME and a lower --lr, or with "
+            "--precision fp32"
+        ) from error
+    except OSError as error:
+        if not _exists(run.state_path):
             raise
-        if isinstance(error, OSError):
-            raise OSError(
-                f"{error}; the training's state is kept: once this is mended, continue with "
-                f"`{go_on}`"
-            ) from error
-        number = getattr(error, "number", signal.SIGINT)
-        reason = str(error) or "stopped by Ctrl-C"
+        go_on = resume_command(run.results_dir, run.command)
+        raise OSError(
+            f"{error}; the training's state is kept: once this is mended, continue with `{go_on}`"
+        ) from error
+    except (KeyboardInterrupt, Stopped) as error:
+        if not _exists(run.state_path):
+            raise
+        number = signal.SIGINT
+        reason = "stopped by Ctrl-C"
+        if isinstance(error, Stopped):
+            number = error.number
+            reason = str(error)
+        go_on = resume_command(run.results_dir, run.command)
         raise Stopped(number, f"{reason}; continue with\n  {go_on}") from error
 
 
@@ -135,17 +270,19 @@ def _make_folder(option: str, folder: Path) -> None:
 
 
 def _free_name(settings: Settings, wanted: str) -> str:
-    name, number = wanted, 1
+    """The name itself, or the next free one of its series where that run is finished."""
+    name = wanted
+    number = 1
     while _finished(settings, name):
         number += 1
         name = f"{wanted}-{number}"
     if settings.resume and not _exists(_state_path(settings, name)):
         return wanted  # nothing of this series is unfinished
     if name != wanted:
-        files = _checkpoint_path(settings, wanted), settings.results_dir / wanted
         print(
             f"run {wanted} is finished and kept; this one is {name}\n"
-            f"(to use the name again, delete {files[0]} and {files[1]}/)"
+            f"(to use the name again, delete {_checkpoint_path(settings, wanted)} and "
+            f"{settings.results_dir / wanted}/)"
         )
     return name
 
@@ -172,30 +309,36 @@ def _state_path(settings: Settings, name: str) -> Path:
 
 
 def _exists(state_path: Path) -> bool:
-    return any(path.exists() for path in (state_path, previous(state_path)))
+    return state_path.exists() or previous(state_path).exists()
 
 
 def _finished(settings: Settings, name: str) -> bool:
     """A run is finished once its checkpoint or test result stands and its state is gone."""
-    results = _checkpoint_path(settings, name), settings.results_dir / name / "test.json"
-    return not _exists(_state_path(settings, name)) and any(path.exists() for path in results)
+    if _exists(_state_path(settings, name)):
+        return False
+    report_path = settings.results_dir / name / "test.json"
+    return _checkpoint_path(settings, name).exists() or report_path.exists()
 
 
 def _sweep(settings: Settings, name: str) -> None:
     """Removes what a kill in the middle of a write has left of this run."""
-    checkpoints, results = settings.checkpoint_dir, settings.results_dir / name
-    left = *checkpoints.glob(f".{name}.pt.*.tmp"), *checkpoints.glob(f".{name}.resume.pt.*.tmp")
-    for path in (*left, *results.glob(".*.tmp")):
+    left = [
+        *settings.checkpoint_dir.glob(f".{name}.pt.*.tmp"),
+        *settings.checkpoint_dir.glob(f".{name}.resume.pt.*.tmp"),
+        *(settings.results_dir / name).glob(".*.tmp"),
+    ]
+    for path in left:
         path.unlink(missing_ok=True)
 
 
 def _check_same(settings: Settings, saved: dict[str, Any], name: str) -> None:
     """Refuses to continue a run under settings that would change its result."""
-    different = [
-        f"{typed(key, value)} (was {typed(key, saved[key]).removeprefix(flag(key) + ' ')})"
-        for key, value in settings.plain().items()
-        if key not in HARMLESS and key != "run_name" and saved.get(key, value) != value
-    ]
+    different = []
+    for key, value in settings.plain().items():
+        before = saved.get(key, value)
+        if before != value and key not in HARMLESS and key != "run_name":
+            was = typed(key, before).removeprefix(flag(key) + " ")
+            different.append(f"{typed(key, value)} (was {was})")
     if different:
         raise UnusableInput(
             f"--resume with {', '.join(different)}: run {name} was started with other settings; "

@@ -6,7 +6,6 @@ The only place that saves states, reacts to signals and prints while `engine.tra
 import math
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,65 +13,114 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from config.settings import Settings
+import engine
 from data import TrainBatches
 from engine import Progress
 from errors import Stopped
 from reports import history, provenance
 from reports.live import Live
+from runs.loading import Validation
 from runs.run import Run, resume_command
-from runtime import processes, signals
+from runtime import launch, processes, signals
 from runtime.device import now, rng_state, set_rng_state
 from storage import checkpoint
 
 Row = dict[str, Any]
-Validate = Callable[[], tuple[float, float]]  # loss (nats) and accuracy on the validation split
+LOOK_EVERY = 20  # steps; reading a number waits for a GPU, so that there it is done now and then
 
 
-@dataclass
-class Training:
-    """Follows the steps of one run.
+class Stopwatch:
+    """Seconds that a training has taken.
 
     Attributes:
+        total: in all, with validation and saved states.
+        epoch: of the running epoch, without validation.
+
+    Args:
+        device: that trains.
+        total: of an interrupted run so far, or of what was computed before the first step.
+        epoch: likewise of its running epoch.
+    """
+
+    def __init__(self, device: torch.device, total: float = 0.0, epoch: float = 0.0):
+        self.device = device
+        self.total = total
+        self.epoch = epoch
+        self.last = time.perf_counter()
+
+    def start(self) -> None:
+        """Begins here: what has passed until now does not count."""
+        self.last = time.perf_counter()
+
+    def count(self, training: bool) -> None:
+        """Counts what has passed since the last call, as training or as validation."""
+        here = now(self.device)
+        passed = here - self.last
+        self.last = here
+        self.total += passed
+        if training:
+            self.epoch += passed
+
+
+class Training:
+    """Follows the steps of one run, from where its saved state left it.
+
+    Attributes:
+        progress: where it stands; `engine.train` begins there.
+        rows: the history, a dict of `history.COLUMNS` for each epoch.
+
+    Args:
         run: whose state is restored here, if there is one, and kept.
-        settings: epochs, minutes between saves.
+        described: what `runs.run.begin` returned.
         model: whose weights are saved; not wrapped by anything.
         optimizer: made by `optimizers.make_optimizer`.
         batches: what is learned from.
-        precision: "fp32" or "bf16".
-        described: what `provenance.describe` returned; the live page shows it.
-        seconds_before: what was spent on features of a frozen trunk; it counts as training.
-        rows: the history, a dict of `history.COLUMNS` for each epoch.
+        epochs: of the whole training.
+        save_every: minutes between saved states, at most.
+        seconds_before: what was spent on features of a frozen backbone; it counts as training.
     """
 
-    run: Run
-    settings: Settings
-    model: nn.Module
-    optimizer: Any
-    batches: TrainBatches
-    precision: str
-    described: dict[str, Any]
-    seconds_before: float = 0.0
+    def __init__(
+        self,
+        run: Run,
+        described: dict[str, Any],
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        batches: TrainBatches,
+        *,
+        epochs: int,
+        save_every: float,
+        seconds_before: float = 0.0,
+    ):
+        self.run = run
+        self.described = described
+        self.model = model
+        self.optimizer = optimizer
+        self.batches = batches
+        self.epochs = epochs
+        self.save_every = save_every
+        self.precision = described["precision"]
 
-    def __post_init__(self):
-        self.device = next(self.model.parameters()).device
         self.rows: list[Row] = []
-        self.spent = {"total": 0.0, "epoch": 0.0}  # seconds
         self.progress = Progress()
-        self.written, self.bar, self.kept = True, None, ""
-        if self.run.state:
-            self._restore(self.run.state)
-        self.spent["total"] += self.seconds_before
-        self.begun_at = self.batches.share_done(self.progress.epoch, self.progress.step)
-        num_steps = self.settings.epochs * self.batches.num_steps
-        self.live = Live(self.run, self.described, self.rows, num_steps)
+        self.kept_place = ""  # of the newest state on the disk, in words
+        self.stopwatch = Stopwatch(run.device, total=seconds_before)
+        if run.state:
+            self._restore(run.state, seconds_before)
+        self.share_at_begin = batches.share_done(self.progress.epoch, self.progress.step)
+        self.started_at = time.perf_counter()
+        self.saved_at = time.perf_counter()
+        self.save_seconds = 0.0  # that the last save took
+        self.history_written = True
+        self.bar: tqdm | None = None
+        self.live = Live(run.results_dir, described, self.rows, epochs * batches.num_steps)
 
-    def follow(self, steps: Iterable[Progress], validate: Validate | None) -> None:
+    def follow(self, steps: Iterable[Progress], validation: Validation | None) -> None:
         """Takes the steps to their end.
 
         Args:
             steps: what `engine.train` yields, begun at `self.progress`.
-            validate: None without a validation split.
+            validation: None without a validation split.
 
         Raises:
             Stopped: a signal came; the message says whether the state is saved.
@@ -80,11 +128,11 @@ class Training:
             OSError: the history cannot be written, not even at the end; the state is kept.
         """
         if self.progress.epoch or self.progress.step:
-            at = self.progress
-            print(f"resumed in epoch {at.epoch + 1}, step {at.step}", flush=True)
+            print(f"resumed in {_place(self.progress)}", flush=True)
         print(history.HEADER, flush=True)
-        self.clock = self.started = self.saved = time.perf_counter()
-        self.save_seconds = 0.0
+        self.stopwatch.start()
+        self.started_at = time.perf_counter()
+        self.saved_at = time.perf_counter()
         self.live.write("running")
         try:
             with signals.collected() as received:
@@ -93,153 +141,186 @@ class Training:
                     if at.step:
                         self._after_step(at, received)
                     else:
-                        self._after_epoch(at, received, validate)
+                        self._after_epoch(at, received, validation)
         except Exception as error:
             self.live.write("stopped", note=f"{type(error).__name__}: {error}")
             raise
-        if not self.written:  # no later epoch will write it whole
+        if not self.history_written:  # no later epoch will write it whole
             history.write(self.run.results_dir / "history.csv", self.rows)
 
     def _after_step(self, at: Progress, received: list[int]) -> None:
         self._move_bar(at)
-        last = at.step == self.batches.num_steps
-        due = time.perf_counter() - self.saved > 60 * self.settings.save_every
-        # Reading a number waits for a GPU, so that there it is done now and then. Of several
-        # processes each looks at the same steps, and what one has seen holds for all.
-        alone = processes.SIZE == 1 and (due or received)
-        if not (self.device.type == "cpu" or alone or last or at.step % 20 == 0):
+        is_last = at.step == self.batches.num_steps
+        due = time.perf_counter() - self.saved_at > 60 * self.save_every
+        # Of several processes each looks at the same steps, and what one has seen holds for all.
+        must_look = self.run.device.type == "cpu" or is_last or at.step % LOOK_EVERY == 0
+        if launch.WORLD_SIZE == 1 and (due or received):
+            must_look = True
+        if not must_look:
             return
         signal, due = processes.highest(max(received, default=0), due)
-        self._check(at)
+        self._check_finite(at)
         loss, correct, images = processes.summed(at.sums).tolist()
-        self.bar.set_postfix_str(
-            f"loss {loss / images:.3f}, train acc {100 * correct / images:.1f}%"
-        )
+        if self.bar is not None:
+            accuracy = f"train acc {100 * correct / images:.1f}%"
+            self.bar.set_postfix_str(f"loss {loss / images:.3f}, {accuracy}")
         step = at.epoch * self.batches.num_steps + at.step
         self.live.note(at.epoch, step, at.lr, loss, images, self._seconds_left(at))
-        if (due or signal) and not last:  # at its last step the epoch's end saves
-            self._tick(training=True)
-            kept = self._save(at)
+        if (due or signal) and not is_last:  # at its last step the epoch's end saves
+            self.stopwatch.count(training=True)
+            is_saved = self._save(at)
             if signal:
-                self._stop(int(signal), kept)
+                self._stop(int(signal), is_saved)
 
-    def _after_epoch(self, at: Progress, received: list[int], validate: Validate | None) -> None:
-        self.bar.close()
-        self.bar = None
-        self._tick(training=True)
+    def _after_epoch(
+        self, at: Progress, received: list[int], validation: Validation | None
+    ) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+        self.stopwatch.count(training=True)
         loss, correct, images = processes.summed(at.sums).tolist()
-        val_loss, val_accuracy = validate() if validate else (None, None)
-        if val_loss is not None and not math.isfinite(val_loss):
-            raise FloatingPointError(f"validation loss not finite after epoch {at.epoch}")
-        self._tick(training=False)
-        values = (
-            *(at.epoch, at.epoch * self.batches.num_steps, at.lr, loss / images, correct / images),
-            *(val_loss, val_accuracy, images / self.spent["epoch"], self.spent["total"]),
+        val_loss = None
+        val_accuracy = None
+        if validation:
+            val_loss, val_accuracy = engine.evaluate(
+                self.model, validation.inputs(), validation.labels, self.precision
+            )
+            if not math.isfinite(val_loss):
+                raise FloatingPointError(f"validation loss not finite after epoch {at.epoch}")
+        self.stopwatch.count(training=False)
+        self.rows.append(
+            {
+                "epoch": at.epoch,
+                "step": at.epoch * self.batches.num_steps,
+                "lr": at.lr,
+                "train_loss": loss / images,
+                "train_accuracy": correct / images,
+                "val_loss": val_loss,
+                "val_accuracy": val_accuracy,
+                "images_per_second": images / self.stopwatch.epoch,
+                "seconds": self.stopwatch.total,
+            }
         )
-        self.rows.append(dict(zip(history.COLUMNS, values, strict=True)))
         self._write_history()
-        self.spent["epoch"] = 0.0
+        self.stopwatch.epoch = 0.0
         # A state a minute costs nothing; where epochs take a second it must not cost the time.
-        due = not processes.RANK and time.perf_counter() - self.saved > 20 * self.save_seconds
+        waited = time.perf_counter() - self.saved_at
+        due = launch.RANK == 0 and waited > 20 * self.save_seconds
         signal, due = processes.highest(max(received, default=0), due)
-        kept = not (signal or due or at.epoch == self.settings.epochs) or self._save(at)
-        left = self._seconds_left(at)
-        print(history.line(self.rows, self.settings.epochs, left), flush=True)
+        is_saved = False
+        if signal or due or at.epoch == self.epochs:
+            is_saved = self._save(at)
+        print(history.line(self.rows, self.epochs, self._seconds_left(at)), flush=True)
         self.live.refresh()
         if signal:
-            self._stop(int(signal), kept)
+            self._stop(int(signal), is_saved)
 
     def _write_history(self) -> None:
-        path = self.run.results_dir / "history.csv"
-        self.written = bool(processes.RANK) or _kept(history.write, path, self.rows)
+        if launch.RANK == 0:
+            path = self.run.results_dir / "history.csv"
+            self.history_written = self._attempt(history.write, path, self.rows)
 
     def _move_bar(self, at: Progress) -> None:
-        per_step, more = divmod(self.batches.num_images, self.batches.num_steps)
         if self.bar is None:
             self.bar = tqdm(
                 total=self.batches.num_images,
-                desc=f"epoch {at.epoch + 1}/{self.settings.epochs}",
+                desc=f"epoch {at.epoch + 1}/{self.epochs}",
                 unit="img",
-                disable=True if processes.RANK else None,
+                disable=True if launch.RANK > 0 else None,  # None: where there is no terminal
                 leave=False,
                 dynamic_ncols=True,
             )
-        self.bar.update(at.step * per_step + min(at.step, more) - self.bar.n)
+        # The first batches of an epoch hold an image more where they do not divide it evenly.
+        smallest, num_larger = divmod(self.batches.num_images, self.batches.num_steps)
+        images_seen = at.step * smallest + min(at.step, num_larger)
+        self.bar.update(images_seen - self.bar.n)
 
-    def _check(self, at: Progress) -> None:
-        if (bad := int(at.bad_step)) >= 0:
-            epochs, steps = divmod(bad, self.batches.num_steps)
+    def _check_finite(self, at: Progress) -> None:
+        bad_step = int(at.bad_step)
+        if bad_step >= 0:
+            epoch, step = divmod(bad_step, self.batches.num_steps)
             raise FloatingPointError(
-                f"loss or gradient not finite in epoch {epochs + 1}, step {steps + 1}, learning "
+                f"loss or gradient not finite in epoch {epoch + 1}, step {step + 1}, learning "
                 f"rate about {at.lr:.2g}"
             )
 
-    def _tick(self, training: bool) -> None:
-        begin, self.clock = self.clock, now(self.device)
-        self.spent["total"] += self.clock - begin
-        if training:
-            self.spent["epoch"] += self.clock - begin
-
     def _seconds_left(self, at: Progress) -> float:
         done = self.batches.share_done(at.epoch, at.step)
-        spent = time.perf_counter() - self.started
-        return spent * (1 - done) / max(done - self.begun_at, 1e-9)
+        spent = time.perf_counter() - self.started_at
+        return spent * (1 - done) / max(done - self.share_at_begin, 1e-9)
 
-    def _stop(self, signal: int, kept: bool) -> None:
+    def _stop(self, signal: int, is_saved: bool) -> None:
         go_on = resume_command(self.run.results_dir, self.run.command)
         self.live.write("stopped", note=f"To go on: {go_on}")
-        what = "state saved" if kept else "state NOT saved, an older one may exist"
+        what = "state saved" if is_saved else "state NOT saved, an older one may exist"
         raise Stopped(signal, f"stopped, {what}")
 
     def _save(self, at: Progress) -> bool:
-        begin = self.saved = time.perf_counter()
-        kept_by_each = torch.get_rng_state(), rng_state(self.device), at.sums.cpu()
-        random, device_random, sums = zip(*processes.from_all(kept_by_each), strict=True)
-        if processes.RANK:
+        """Saves the state; returns whether it is on the disk, as seen by the first process."""
+        begin = time.perf_counter()
+        self.saved_at = begin
+        of_each_process = processes.from_all(
+            {
+                "rng": torch.get_rng_state(),
+                "device_rng": rng_state(self.run.device),
+                "sums": at.sums.cpu(),
+            }
+        )
+        if launch.RANK > 0:
             return True
         state = {
-            "config": self.settings.plain(),
+            "config": self.described["config"],
             "precision": self.precision,
             "identity": provenance.identity(self.described),
             "epoch": at.epoch,
             "step": at.step,
             "history": self.rows,
-            "spent": dict(self.spent),
-            "sums": torch.stack(sums),
-            "rng": list(random),
-            "device_rng": list(device_random),
+            "spent": {"total": self.stopwatch.total, "epoch": self.stopwatch.epoch},
+            "sums": torch.stack([kept["sums"] for kept in of_each_process]),
+            "rng": [kept["rng"] for kept in of_each_process],
+            "device_rng": [kept["device_rng"] for kept in of_each_process],
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
-        written = _kept(checkpoint.save_state, self.run.state_path, state, self.kept)
-        if written:
-            self.kept = _place(at)
+        is_saved = self._attempt(checkpoint.save_state, self.run.state_path, state)
+        if is_saved:
+            self.kept_place = _place(at)
         self.save_seconds = time.perf_counter() - begin
-        return written
+        return is_saved
 
-    def _restore(self, state: dict[str, Any]) -> None:
+    def _restore(self, state: dict[str, Any], seconds_before: float) -> None:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        rank = processes.RANK
+        rank = launch.RANK
         if rank < len(state["rng"]):  # others, of a run with fewer processes before, keep their own
             torch.set_rng_state(state["rng"][rank])
-            set_rng_state(state["device_rng"][rank], self.device)
-        self.rows, self.spent = state["history"], state["spent"]
-        sums = state["sums"]  # (processes then, 3); those of all are added up
-        own = sums[rank] if len(sums) == processes.SIZE else sums.sum(0) * (rank == 0)
-        self.progress = Progress(state["epoch"], state["step"], sums=own)
-        self.kept = _place(self.progress)
+            set_rng_state(state["device_rng"][rank], self.run.device)
+        self.rows = state["history"]
+        spent = state["spent"]
+        self.stopwatch = Stopwatch(
+            self.run.device, total=spent["total"] + seconds_before, epoch=spent["epoch"]
+        )
+        sums = state["sums"]  # (processes then, 3)
+        if len(sums) == launch.WORLD_SIZE:
+            own_sums = sums[rank]
+        elif rank == 0:
+            own_sums = sums.sum(0)
+        else:
+            own_sums = torch.zeros(3)
+        self.progress = Progress(state["epoch"], state["step"], sums=own_sums)
+        self.kept_place = _place(self.progress)
+
+    def _attempt(self, write: Callable[[Path, Any], None], path: Path, content: Any) -> bool:
+        """Writes a file unless the disk refuses: it may have room again an epoch later."""
+        try:
+            write(path, content)
+        except OSError as error:
+            kept = f"; the state of {self.kept_place} is kept" if self.kept_place else ""
+            print(f"warning: {path} not written ({error}); training goes on{kept}", flush=True)
+            return False
+        return True
 
 
 def _place(at: Progress) -> str:
-    return f"; the state of epoch {at.epoch + 1}, step {at.step} is kept"
-
-
-def _kept(write: Callable[..., None], path: Path, content: Any, instead: str = "") -> bool:
-    """Writes a file unless the disk refuses: a full disk may have room again an epoch later."""
-    try:
-        write(path, content)
-    except OSError as error:
-        print(f"warning: {path} not written ({error}); training goes on{instead}", flush=True)
-        return False
-    return True
+    return f"epoch {at.epoch + 1}, step {at.step}"

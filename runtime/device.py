@@ -1,9 +1,8 @@
 """How a network runs on this machine: which device, which number format, compiled or not."""
 
 import copy
-import ctypes
+import shutil
 import time
-from contextlib import ExitStack, suppress
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +10,11 @@ from torch import Tensor, nn
 
 from engine import StepGraphs, forward, train_mode
 from errors import UnusableInput, printable
+from runtime import memory
+
+# bf16 must be so much faster: near a tie the stopwatch must not decide, for the same command is to
+# give the same weights.
+LEAST_GAIN = 1.2
 
 
 def select_device(name: str) -> torch.device:
@@ -19,9 +23,17 @@ def select_device(name: str) -> torch.device:
     Raises:
         UnusableInput: there is no such device.
     """
-    available = torch.accelerator.is_available()
-    accelerator = torch.accelerator.current_accelerator() if available else None
+    accelerator = None
+    num_devices = 0
+    if torch.accelerator.is_available():
+        accelerator = torch.accelerator.current_accelerator()
+        num_devices = torch.accelerator.device_count()
     if name == "auto":
+        if accelerator is None and torch.version.cuda is None and shutil.which("nvidia-smi"):
+            print(
+                "an NVIDIA driver is here, but this torch is built without CUDA: training on the "
+                "CPU; pytorch.org names the torch to install for the GPU"
+            )
         return accelerator or torch.device("cpu")
     try:
         device = torch.device(name)
@@ -29,14 +41,15 @@ def select_device(name: str) -> torch.device:
         raise UnusableInput(
             f"--device {printable(name)}: choose auto, cpu, cuda, cuda:1, mps or xpu"
         ) from None
-    count = torch.accelerator.device_count() if accelerator else 0
-    here = accelerator and device.type == accelerator.type and (device.index or 0) < count
-    if device.type != "cpu" and not here:
+    if device.type == "cpu":
+        return device
+    of_this_kind = accelerator is not None and device.type == accelerator.type
+    if not of_this_kind or (device.index or 0) >= num_devices:
         cuda = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
         kind = accelerator.type if accelerator else "accelerator"
         raise UnusableInput(
-            f"--device {printable(name)}: torch {torch.__version__} ({cuda}) sees {count} {kind} "
-            "devices: install a driver it can use, or take --device cpu"
+            f"--device {printable(name)}: torch {torch.__version__} ({cuda}) sees {num_devices} "
+            f"{kind} devices: install a driver it can use, or take --device cpu"
         )
     return device
 
@@ -44,15 +57,10 @@ def select_device(name: str) -> torch.device:
 def prepare() -> None:
     """Lets convolutions on a GPU repeat to the bit, and this process keep the memory it frees.
 
-    Left alone, glibc (Linux) gives the maps of a batch, some 10 MB each, back to the system, which
-    hands them out again page by page, zeroed: up to a sixth of a step's time. What loading the data
-    takes should go back, so this comes after it.
+    What loading the data takes should go back to the system, so this comes after it.
     """
     torch.backends.cudnn.deterministic = True
-    with suppress(AttributeError, TypeError):  # another C library
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-4, 0)  # M_MMAP_MAX: nothing is mapped by itself,
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: and the heap never shrinks
+    memory.keep_freed_memory()
 
 
 def now(device: torch.device) -> float:
@@ -64,13 +72,15 @@ def now(device: torch.device) -> float:
 
 def rng_state(device: torch.device) -> Tensor | None:
     """State of the device's own random numbers; None for the CPU, whose state torch keeps apart."""
-    return None if device.type == "cpu" else getattr(torch, device.type).get_rng_state(device)
+    if device.type == "cpu":
+        return None
+    return torch.get_device_module(device).get_rng_state(device)
 
 
 def set_rng_state(state: Tensor | None, device: torch.device) -> None:
     """Restores what `rng_state` gave."""
     if state is not None and device.type != "cpu":
-        getattr(torch, device.type).set_rng_state(state, device)
+        torch.get_device_module(device).set_rng_state(state, device)
 
 
 def choose_precision(
@@ -94,42 +104,59 @@ def choose_precision(
         return wanted, f"precision {wanted}: as asked"
     if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         return "fp32", "precision fp32: this GPU has no bf16"
-    cpu = device.type == "cpu"
-    x, labels = (tensor[:32] for tensor in batch) if cpu else batch
+    inputs, labels = batch
+    unit = "images/s"
+    if device.type == "cpu":
+        inputs, labels = inputs[:32], labels[:32]
+        unit = "images/s a core"
+    rates = _measure_rates(model, inputs, labels, device)
+    best = "bf16" if rates["bf16"] > LEAST_GAIN * rates["fp32"] else "fp32"
+    measured = ", ".join(f"{name} {rate:,.0f}" for name, rate in rates.items())
+    return best, f"precision {best}: {measured} {unit} (bf16 must gain a fifth)"
+
+
+def _measure_rates(
+    model: nn.Module, inputs: Tensor, labels: Tensor, device: torch.device
+) -> dict[str, float]:
+    """Images/s of training steps without an update in each precision; on a CPU of one core."""
+    on_cpu = device.type == "cpu"
+    num_threads = torch.get_num_threads()
     seconds: dict[str, list[float]] = {"fp32": [], "bf16": []}
     # Dropout is not to depend on whether this was measured.
-    with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng([] if cpu else [device], device_type=device.type))
+    with torch.random.fork_rng([] if on_cpu else [device], device_type=device.type):
         # Beside another load, several threads would show how long they wait for each other.
-        stack.callback(torch.set_num_threads, torch.get_num_threads())
         torch.set_num_threads(1)
-        steps = {p: _Probe(model, p) for p in seconds}
-        if device.type == "cuda":  # as training takes its steps
-            steps = {p: StepGraphs(step, device) for p, step in steps.items()}
-        for turn in range(5):  # in turn, so that what slows the machine down slows both
-            for precision, step in steps.items():
-                # A CPU's own clock does not count the time that another load takes from it.
-                clock = time.thread_time if cpu else lambda: now(device)
-                begin = clock()
-                step(x, labels, 0.0)
-                seconds[precision].append(clock() - begin)
-            if turn < 2:  # the first one allocates
-                continue
-            rates = {p: len(x) / min(times[1:]) for p, times in seconds.items()}
-            if not 1 / 3 < rates["bf16"] / rates["fp32"] < 3:
-                break  # no load beside it explains that
-    # Near a tie the stopwatch must not decide: the same command is to give the same weights.
-    best = "bf16" if rates["bf16"] > 1.2 * rates["fp32"] else "fp32"
-    measured = ", ".join(f"{name} {rate:,.0f}" for name, rate in rates.items())
-    unit = "images/s a core" if cpu else "images/s"
-    return best, f"precision {best}: {measured} {unit} (bf16 must gain a fifth)"
+        try:
+            steps = {precision: _Probe(model, precision) for precision in seconds}
+            if device.type == "cuda":  # as training takes its steps
+                steps = {name: StepGraphs(step, device) for name, step in steps.items()}
+            for turn in range(5):  # in turn, so that what slows the machine down slows both
+                for precision, step in steps.items():
+                    begin = _clock(device)
+                    step(inputs, labels, 0.0)
+                    seconds[precision].append(_clock(device) - begin)
+                if turn < 2:  # the first one allocates
+                    continue
+                rates = {name: len(inputs) / min(times[1:]) for name, times in seconds.items()}
+                ratio = rates["bf16"] / rates["fp32"]
+                if ratio > 3 or ratio < 1 / 3:
+                    break  # no load beside it explains that
+        finally:
+            torch.set_num_threads(num_threads)
+    return rates
+
+
+def _clock(device: torch.device) -> float:
+    """Seconds; a CPU's own clock does not count the time that another load takes from it."""
+    return time.thread_time() if device.type == "cpu" else now(device)
 
 
 class _Probe:
     """A step of a copy of a network without an update."""
 
     def __init__(self, model: nn.Module, precision: str):
-        self.model, self.precision = copy.deepcopy(model), precision
+        self.model = copy.deepcopy(model)
+        self.precision = precision
         train_mode(self.model)
 
     def __call__(self, x: Tensor, labels: Tensor, lr: float | Tensor) -> None:

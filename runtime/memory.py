@@ -1,9 +1,28 @@
-"""How much memory may still be taken."""
+"""How much memory may still be taken, and freed memory that is kept."""
 
+import ctypes
 import os
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+
+# Of glibc's malloc.h.
+_M_TRIM_THRESHOLD = -1
+_M_MMAP_MAX = -4
+
+
+def keep_freed_memory() -> None:
+    """Lets this process keep the memory it frees, where the C library is glibc (Linux).
+
+    Left alone, glibc gives the maps of a batch, some 10 MB each, back to the system, which hands
+    them out again page by page, zeroed: up to a sixth of a step's time.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, TypeError):  # another C library
+        return
+    mallopt(_M_MMAP_MAX, 0)  # nothing is mapped by itself,
+    mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)  # and the heap never shrinks
 
 
 def available_memory(root: Path = Path("/")) -> float:
@@ -12,14 +31,18 @@ def available_memory(root: Path = Path("/")) -> float:
     Args:
         root: where the system's `proc` and `sys` are.
     """
-    limits = [_group_memory(group) for group in _control_groups(root)]
+    limits = []
+    for group in _control_groups(root):
+        limit = _group_memory(group)
+        if limit is not None:
+            limits.append(limit)
     with suppress(OSError):
         for line in (root / "proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
                 limits.append(1024 * int(line.split()[1]))
     if not limits and hasattr(os, "sysconf"):
         limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    return min((limit for limit in limits if limit is not None), default=4e9)
+    return min(limits, default=4e9)
 
 
 def _control_groups(root: Path) -> Iterator[Path]:

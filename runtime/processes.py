@@ -20,13 +20,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from errors import UnusableInput
+from runtime.launch import LOCAL_RANK, LOCAL_WORLD_SIZE, RANK, WORLD_SIZE
 
 T = TypeVar("T")
 
-RANK = int(os.environ.get("RANK", 0))
-SIZE = int(os.environ.get("WORLD_SIZE", 1))
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
-MACHINES = SIZE // int(os.environ.get("LOCAL_WORLD_SIZE", SIZE))
 PATIENCE = timedelta(minutes=5)  # a process that hears nothing from another so long gives up
 
 # Numbers of the CPU (signals, logits) travel by gloo beside a GPU's gradients.
@@ -43,7 +40,7 @@ def joined(device: torch.device) -> Iterator[torch.device]:
     Raises:
         UnusableInput: several processes cannot train on such a device, or more than there are.
     """
-    if SIZE == 1:
+    if WORLD_SIZE == 1:
         if device.type != "cpu" and device.index is not None:
             # What is made without naming a device goes to this one.
             torch.accelerator.set_device_index(device.index)
@@ -55,22 +52,27 @@ def joined(device: torch.device) -> Iterator[torch.device]:
             f"choose {', '.join(BACKENDS)}, or run without torchrun"
         )
     if device.type != "cpu":
-        count, here = torch.accelerator.device_count(), SIZE // MACHINES
-        if here > count:
+        count = torch.accelerator.device_count()
+        if count < LOCAL_WORLD_SIZE:
             raise UnusableInput(
-                f"--device {device}: this machine has {count} for {here} processes; take a smaller "
-                "--nproc-per-node"
+                f"--device {device}: this machine has {count} for {LOCAL_WORLD_SIZE} processes; "
+                "take a smaller --nproc-per-node"
             )
         device = torch.device(device.type, LOCAL_RANK)
         torch.accelerator.set_device_index(LOCAL_RANK)
-    store, _, _ = next(dist.rendezvous("env://", RANK, SIZE, timeout=PATIENCE))
+    store, _, _ = next(dist.rendezvous("env://", RANK, WORLD_SIZE, timeout=PATIENCE))
     # What an earlier attempt left in the store would send this one to processes that are dead.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT")
     store = dist.PrefixStore(f"attempt {attempt}, {next(_times)}", store)
     try:
         with losses_told():
-            options = {"rank": RANK, "world_size": SIZE, "timeout": PATIENCE}
-            dist.init_process_group(BACKENDS[device.type], store=store, **options)
+            dist.init_process_group(
+                BACKENDS[device.type],
+                store=store,
+                rank=RANK,
+                world_size=WORLD_SIZE,
+                timeout=PATIENCE,
+            )
             yield device
     except UnusableInput:  # which all have agreed on
         dist.destroy_process_group()
@@ -96,10 +98,10 @@ def losses_told() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if SIZE == 1 or not re.search("gloo|nccl|[Tt]imed? ?out|[Cc]onnection", str(error)):
+        if WORLD_SIZE == 1 or not re.search("gloo|nccl|[Tt]imed? ?out|[Cc]onnection", str(error)):
             raise
         raise ConnectionError(
-            f"another of the {SIZE} processes has ended, or was silent for "
+            f"another of the {WORLD_SIZE} processes has ended, or was silent for "
             f"{PATIENCE.total_seconds() / 60:g} minutes"
         ) from error
 
@@ -119,12 +121,12 @@ def agreed() -> Iterator[None]:
 
 def own(images: Tensor) -> Tensor:
     """This process's part of a split (N, ...); those of all, in order of ranks, make the whole."""
-    return images.tensor_split(SIZE)[RANK]
+    return images.tensor_split(WORLD_SIZE)[RANK]
 
 
 def from_first(value: T) -> T:
     """What the first process passes, in all of them."""
-    if SIZE == 1:
+    if WORLD_SIZE == 1:
         return value
     box = [value]
     dist.broadcast_object_list(box)
@@ -133,16 +135,16 @@ def from_first(value: T) -> T:
 
 def from_all(value: T) -> list[T]:
     """What each process passes, in order of ranks, in all of them."""
-    if SIZE == 1:
+    if WORLD_SIZE == 1:
         return [value]
-    box: list[Any] = [None] * SIZE
+    box: list[Any] = [None] * WORLD_SIZE
     dist.all_gather_object(box, value)
     return box
 
 
 def highest(*numbers: float) -> list[float]:
     """The largest of each number over the processes."""
-    if SIZE == 1:
+    if WORLD_SIZE == 1:
         return list(numbers)
     tensor = torch.tensor(numbers)
     dist.all_reduce(tensor, dist.ReduceOp.MAX)
@@ -152,7 +154,7 @@ def highest(*numbers: float) -> list[float]:
 def summed(tensor: Tensor) -> Tensor:
     """The sum of a tensor over the processes, on the CPU."""
     tensor = tensor.cpu()
-    if SIZE > 1:
+    if WORLD_SIZE > 1:
         tensor = tensor.clone()
         dist.all_reduce(tensor)
     return tensor
@@ -165,28 +167,55 @@ def shared(model: nn.Module) -> nn.Module:
     nothing but rounding. All begin with the first one's weights, each with random numbers (of
     dropout) of its own.
     """
-    if SIZE == 1:
+    if WORLD_SIZE == 1:
         return model
     if next(model.parameters()).is_cuda:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     else:
-        for module in model.modules():
-            if isinstance(module, _BatchNorm):
-                module.__class__ = _GlobalBatchNorm  # the same parameters and buffers
+        _share_batchnorm(model)
     network = DistributedDataParallel(model)
     network.broadcast_buffers = False  # after this start nothing lets them differ
     torch.manual_seed(torch.initial_seed() + RANK)
     return network
 
 
+def _share_batchnorm(model: nn.Module) -> None:
+    """Puts a `_GlobalBatchNorm` in the place of each BatchNorm layer inside a network."""
+    for name, module in model.named_children():
+        if isinstance(module, _BatchNorm):
+            setattr(model, name, _GlobalBatchNorm(module))
+        else:
+            _share_batchnorm(module)
+
+
 class _GlobalBatchNorm(_BatchNorm):
-    """BatchNorm over the batches of all processes; torch's own SyncBatchNorm refuses the CPU."""
+    """BatchNorm over the batches of all processes; torch's own SyncBatchNorm refuses the CPU.
+
+    Args:
+        layer: whose parameters and statistics it takes over.
+    """
+
+    def __init__(self, layer: _BatchNorm):
+        super().__init__(layer.num_features, layer.eps, layer.momentum)
+        self.weight = layer.weight
+        self.bias = layer.bias
+        self.running_mean = layer.running_mean
+        self.running_var = layer.running_var
+        self.num_batches_tracked = layer.num_batches_tracked
+        self.train(layer.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        affine, moments = (self.weight, self.bias), (self.running_mean, self.running_var)
         if not self.training:
-            return F.batch_norm(x, *moments, *affine, False, 0.0, self.eps)
-        out, mean, var, count = _Normalized.apply(x, *affine, self.eps)
+            return F.batch_norm(
+                x,
+                self.running_mean,
+                self.running_var,
+                self.weight,
+                self.bias,
+                training=False,
+                eps=self.eps,
+            )
+        out, mean, var, count = _Normalized.apply(x, self.weight, self.bias, self.eps)
         with torch.no_grad():
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum)
@@ -203,7 +232,7 @@ class _Normalized(torch.autograd.Function):
         if len(x):  # a batch may leave a process nothing
             mean, var = torch.batch_norm_update_stats(x, mean, var, 0.0)
         own = torch.cat([mean, var, mean.new_tensor([x.numel() / x.shape[1]])])
-        everyones = own.new_empty(SIZE, len(own))
+        everyones = own.new_empty(WORLD_SIZE, len(own))
         dist.all_gather(list(everyones), own)
         means, variances, counts = everyones.split([len(mean), len(mean), 1], dim=1)
         count = counts.sum()
@@ -217,13 +246,16 @@ class _Normalized(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor, *_: Any) -> Any:
         x, weight, mean, var, count = ctx.saved_tensors
-        of_x, of_affine = gradient, weight.new_zeros(2, len(weight))
+        of_x = gradient
+        of_affine = weight.new_zeros(2, len(weight))
         if len(x):  # as if the moments were constants
-            of_x, *own = torch.ops.aten.native_batch_norm_backward(
+            of_x, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(
                 gradient, x, weight, mean, var, None, None, False, ctx.eps, [True, True, True]
             )
-            of_affine = torch.stack(own)
-        dist.all_reduce(sums := of_affine.clone())
-        away = sums * weight * (var + ctx.eps).rsqrt() / count  # what they take
-        of_x = of_x - F.batch_norm(x, mean, var, *away, False, 0.0, ctx.eps)
-        return of_x, *of_affine, None
+            of_affine = torch.stack([of_weight, of_bias])
+        sums = of_affine.clone()
+        dist.all_reduce(sums)
+        # What the moments take, since they depend on x.
+        scale, shift = sums * weight * (var + ctx.eps).rsqrt() / count
+        of_x = of_x - F.batch_norm(x, mean, var, scale, shift, training=False, eps=ctx.eps)
+        return of_x, of_affine[0], of_affine[1], None

@@ -9,24 +9,33 @@ from types import FrameType
 
 from errors import Stopped
 
-NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
-STOPPING = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]  # Windows has two
+Handler = Callable[[int, FrameType | None], None]
+
+_NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
+STOPPING = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]  # Windows has two
 
 
-@contextmanager
-def handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Handles the signals that stop a run while the block runs.
+def install(handler: Handler) -> dict[int, Handler]:
+    """Lets a handler take the signals that stop a run; returns the handlers before, by number.
 
-    One that is ignored stays so (`nohup`, a shell's background job), and outside the main thread
+    A signal that is ignored stays so (`nohup`, a shell's background job). Outside the main thread
     Python allows no handler: a run in a thread of a notebook goes on without.
     """
     if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.getsignal(number) for number in STOPPING}
-    before = {n: old for n, old in before.items() if old not in (signal.SIG_IGN, None)}
-    for number in before:
-        signal.signal(number, handler)
+        return {}
+    before = {}
+    for number in STOPPING:
+        old = signal.getsignal(number)
+        if old not in (signal.SIG_IGN, None):
+            before[number] = old
+            signal.signal(number, handler)
+    return before
+
+
+@contextmanager
+def handled(handler: Handler) -> Iterator[None]:
+    """Handles the signals that stop a run while the block runs; see `install`."""
+    before = install(handler)
     try:
         yield
     finally:

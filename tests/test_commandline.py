@@ -21,8 +21,9 @@ from config.settings import CustomSettings, FineTuneSettings, name_fault, sizes
 from errors import Stopped, UnusableInput, printable
 
 HELP = """
-import sys, {0} as script
-try: script.main(["--help"])
+import runpy, sys
+sys.argv[1:] = ["--help"]
+try: runpy.run_path("{0}.py", run_name="__main__")
 except SystemExit as end: assert not end.code
 assert not {{"torch", "numpy", "torchvision", "matplotlib"}} & sys.modules.keys()
 """

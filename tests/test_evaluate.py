@@ -92,7 +92,8 @@ def test_own_pictures_are_classified_and_an_unreadable_one_is_named(run, refused
         image.save(f"photos/{index}.jpg")
     Path("photos/\x1b[31m\nbroken.png").write_text("no picture")
     done = run("evaluate", trained, "--predict", "photos", "--figure", "seen.png")
-    lines = done.out.splitlines()
+    heading, *lines = done.out.splitlines()
+    assert heading.startswith("probabilities: averaged over views (flip), not calibrated")
     assert [line.split()[0] for line in lines] == ["0.jpg", "1.jpg", "drawn"]
     assert all(line.count("%") == 3 for line in lines[:2])
     assert (done.code, done.err.count("\n")) == (2, 2)
@@ -112,7 +113,7 @@ def test_class_names_of_a_foreign_checkpoint_do_not_reach_the_terminal_raw(
     checkpoint.save(trained, content | {"classes": names})
     Image.fromarray(sample["test_images"][0]).save("a.png")
     done = run("evaluate", trained, "--predict", "a.png")
-    assert (done.code, done.out.count("\n")) == (0, 1)
+    assert (done.code, done.out.count("\n")) == (0, 2)
     assert "\x1b" not in done.out
     error = refused("evaluate", trained, "--results-dir", "other")
     assert "knows other classes than CIFAR-10" in error
@@ -123,7 +124,8 @@ def test_predictions_are_a_row_for_each_test_image_with_probabilities(run, train
     with open("p.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     right = sum(row["true"] == row["predicted"] for row in rows) / len(rows)
-    assert right == pytest.approx(report()["top1"])
+    assert right == pytest.approx(report()["top1_tta"])
+    assert {row["views"] for row in rows} == {"flip"}
     classes = checkpoint.load(trained)["classes"]
     assert [row["true"] for row in rows] == [classes[label] for label in sample["test_labels"]]
     for row in rows:

@@ -27,7 +27,7 @@ import train_custom
 from optimizers import make_optimizer, parameter_groups
 from reports import evaluation
 from runs import features
-from runtime import processes
+from runtime import launch, processes
 from sources import cifar10
 from storage import checkpoint
 
@@ -107,7 +107,7 @@ def sample_split(count):
 
 
 def part():
-    return {"part": (processes.RANK, processes.SIZE), "num_epochs": 2}
+    return {"part": (launch.RANK, launch.WORLD_SIZE), "num_epochs": 2}
 
 
 def custom_cnn(optimizer):
@@ -133,7 +133,7 @@ def fine_tuned(unfreeze, cached, num_images, batch_size):
     batches = data.TrainBatches(split, stats, batch_size, augmentation=flipped, **part())
     if not cached:
         return learn(model, model, batches, "adamw")
-    mine = split.images[processes.RANK :: processes.SIZE]
+    mine = split.images[launch.RANK :: launch.WORLD_SIZE]
     kept = features.compute_features(trunk, mine, stats, 32, "fp32", Path("unused"))
     return learn(model, tail, features.FeatureBatches(batches, kept), "adamw")
 
@@ -177,13 +177,13 @@ def compute():
     with processes.joined(CPU):
         results = {"trained": all_trainings(), "predicted": all_predictions()}
         results["random"] = processes.from_all(torch.rand(3))
-    if not processes.RANK:
+    if not launch.RANK:
         torch.save(results, "computed.pt")
 
 
 def call(record, main, *argv, fault=lambda step: None):
     """Runs a script in the working folder; leaves in a file what this process did there."""
-    rank, here = processes.RANK, Path.cwd()
+    rank, here = launch.RANK, Path.cwd()
     use_sample(here / "data" / str(rank))
     did = {"draws": [], "saves": 0, "written": []}
     step, save, create = engine.train_step, checkpoint.save_state, models.create_model
@@ -238,7 +238,7 @@ def worker_all():
 
 def stop_all(step):
     """The second process asks torchrun to stop, and is asked itself."""
-    if processes.RANK == 1 and step == 9:
+    if launch.RANK == 1 and step == 9:
         heard, before = [], signal.getsignal(signal.SIGTERM)
         signal.signal(signal.SIGTERM, lambda *about: (heard.append(1), before(*about)))
         os.kill(os.getpid(), signal.SIGINT)
@@ -262,7 +262,7 @@ def worker_die():
         compute()
 
     def fault(step):
-        if (attempt, processes.RANK, step) == ("0", 1, 9):
+        if (attempt, launch.RANK, step) == ("0", 1, 9):
             os.kill(os.getpid(), signal.SIGKILL)
 
     sys.exit(call(f"attempt{attempt}", train_custom.main, *TRAIN, "--resume", fault=fault))
@@ -273,7 +273,7 @@ def worker_hang(patience, *folders):
     worker_train(*folders)
 
     def fault(step):
-        if processes.RANK == 1 and step == 3:
+        if launch.RANK == 1 and step == 3:
             # Torchrun kills what is still halted 30 s after it was told to end; that is its own.
             wake = f"sleep {2 * float(patience)}; kill -CONT {os.getpid()}"
             subprocess.Popen(["sh", "-c", wake], start_new_session=True)
@@ -376,6 +376,15 @@ def test_unusable_input_is_said_once_and_ends_all_with_exit_code_2(reference):
     assert err.count(said) == 1
 
 
+# What torchrun sets; the rank of each process comes to it.
+LAUNCHED = {
+    "WORLD_SIZE": "2",
+    "LOCAL_WORLD_SIZE": "2",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "29400",
+}
+
+
 def test_unusable_command_line_is_said_by_the_first_process_and_the_second_waits_for_it():
     code = """
 import os, sys, time, train_custom
@@ -386,7 +395,7 @@ sys.exit(train_custom.main())
         subprocess.run(
             [sys.executable, "-c", code, "--lr", "-1"],
             cwd=ROOT,
-            env=ENVIRONMENT | {"RANK": rank, "WORLD_SIZE": "2"},
+            env=ENVIRONMENT | LAUNCHED | {"RANK": rank, "LOCAL_RANK": rank},
             capture_output=True,
             text=True,
         )
@@ -395,6 +404,17 @@ sys.exit(train_custom.main())
     assert [process.returncode for process in launched] == [2, 2]
     assert [process.stdout for process in launched] == ["", "waits"]
     assert [process.stderr.count("error: --lr -1.0") for process in launched] == [1, 0]
+
+
+@pytest.mark.parametrize(
+    "exported", [{"RANK": "1"}, {"WORLD_SIZE": "2", "RANK": "0"}, {"WORLD_SIZE": "", "RANK": ""}]
+)
+def test_what_a_job_system_exports_makes_no_second_process(exported):
+    code = "from runtime import launch; print(launch.RANK, launch.WORLD_SIZE)"
+    told = subprocess.check_output(
+        [sys.executable, "-c", code], cwd=ROOT, env=ENVIRONMENT | exported, text=True
+    )
+    assert told == "0 1\n"
 
 
 def test_evaluation_by_two_processes_gives_the_same_report(reference, workplace):
