@@ -184,7 +184,7 @@ def draw(
     from reports import figures  # half a second
 
     name, side = described["name"], described.get("image_size", 32)
-    reference = None if described["config"].get("pictures") else ORIGINAL[described["arch"]]
+    reference = None if described["config"].get("pictures") else ORIGINAL.get(described["arch"])
     labels, images, classes = splits.test.labels.cpu(), splits.test.images.cpu(), splits.classes
     matrix = metrics.confusion_matrix(logits, labels)
     probabilities = (logits.double() / (temperature or 1.0)).softmax(1)
