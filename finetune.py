@@ -36,7 +36,7 @@ import torch
 import engine
 import models
 import optimizers
-from data import ChannelStats
+from data import ChannelStats, Splits
 from pretrained import OperatedNetwork, freeze
 from runs import features, loading, run
 from runs.finish import finish
@@ -49,16 +49,22 @@ IMAGENET = ChannelStats((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 def make_network(
-    settings: FineTuneSettings, num_classes: int, device: torch.device
+    settings: FineTuneSettings, splits: Splits
 ) -> tuple[OperatedNetwork, dict[str, Any]]:
-    """The network before its weights are loaded, and the arguments that build it."""
+    """The network on the device before its weights are loaded, and the arguments that build it.
+
+    Args:
+        settings: which network, side of its input, dropout, seed.
+        splits: with the classes it is to tell apart.
+    """
     torch.manual_seed(settings.seed)
     arguments = {
         "image_size": settings.image_size,
         "open_stem": settings.image_size == 32,
         "dropout": settings.dropout,
     }
-    model = models.create_model(settings.arch, arguments, num_classes)
+    model = models.create_model(settings.arch, arguments, len(splits.classes))
+    device = splits.train.labels.device
     return model.to(device, memory_format=torch.channels_last), arguments
 
 
@@ -88,7 +94,7 @@ def train(settings: FineTuneSettings, command: str) -> None:
         prepare()
 
         # Network
-        model, arguments = make_network(settings, len(splits.classes), device)
+        model, arguments = make_network(settings, splits)
         weights = loading.start_weights(model, settings.weights, settings.arch, splits.classes)
         backbone, tail = freeze(model, settings.unfreeze)
         described = run.begin(

@@ -1,6 +1,7 @@
 """Trains the nine-layer CNN from scratch, on CIFAR-10 or on your own pictures."""
 
 import sys
+from typing import Any
 
 from config import commandline, recipes
 from config.settings import CustomSettings
@@ -34,8 +35,8 @@ import torch
 
 import engine
 import models
+import optimizers
 from data import Splits, normalize, resize
-from optimizers import make_optimizer, parameter_groups
 from runs import loading, run
 from runs.finish import finish
 from runs.training import Training
@@ -44,23 +45,34 @@ from runtime.device import compile_or_not, prepare
 
 
 def make_network(
-    settings: CustomSettings, splits: Splits, side: int
-) -> tuple[torch.nn.Module, dict]:
+    settings: CustomSettings, splits: Splits
+) -> tuple[torch.nn.Module, dict[str, Any]]:
     """The network as its training begins, on the device, and the arguments that build it.
 
     Args:
-        settings: shape of the network, seed.
+        settings: shape of the network, side of its input, seed.
         splits: the first filters may be measured on the training images.
-        side: of the network's input, pixels.
     """
     torch.manual_seed(settings.seed)
     arguments = models.NETWORKS[settings.network] | {"momentum": settings.batchnorm_momentum}
     model = models.create_model("custom_cnn", arguments, len(splits.classes))
     if "whitened" in arguments:
         images = splits.train.images[:5000].cpu()
-        models.begin_from_images(model, resize(normalize(images, splits.stats), side))
+        x = resize(normalize(images, splits.stats), settings.image_size or 32)
+        models.begin_from_images(model, x)
     device = splits.train.labels.device
     return model.to(device, memory_format=torch.channels_last), arguments
+
+
+def parameter_groups(model: torch.nn.Module, settings: CustomSettings) -> list[dict[str, Any]]:
+    """Groups of parameters with their learning rates and decays."""
+    return optimizers.parameter_groups(
+        model,
+        optimizer=settings.optimizer,
+        weight_decay=settings.weight_decay,
+        bias_lr_scale=settings.bias_lr_scale,
+        muon_lr_scale=settings.muon_lr / settings.lr,
+    )
 
 
 def train(settings: CustomSettings, command: str) -> None:
@@ -73,7 +85,7 @@ def train(settings: CustomSettings, command: str) -> None:
         prepare()
 
         # Network
-        model, arguments = make_network(settings, splits, side)
+        model, arguments = make_network(settings, splits)
         weights = loading.start_weights(model, settings.weights, "custom_cnn", splits.classes)
         described = run.begin(
             claimed,
@@ -89,14 +101,8 @@ def train(settings: CustomSettings, command: str) -> None:
         precision = described["precision"]
 
         # Optimiser
-        groups = parameter_groups(
-            model,
-            optimizer=settings.optimizer,
-            weight_decay=settings.weight_decay,
-            bias_lr_scale=settings.bias_lr_scale,
-            muon_lr_scale=settings.muon_lr / settings.lr,
-        )
-        optimizer = make_optimizer(groups, settings.optimizer, settings.lr, precision)
+        groups = parameter_groups(model, settings)
+        optimizer = optimizers.make_optimizer(groups, settings.optimizer, settings.lr, precision)
 
         # Training
         network = compile_or_not(processes.shared(model), settings.compile, claimed.device)

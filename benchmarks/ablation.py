@@ -1,72 +1,109 @@
 """What each ingredient of a recipe is worth: one change at a time, at the recipe's real length.
 
-Trained on 45,000 images, judged on the 5,000 that are split off for validation; the test set is
+Trained on 45,000 images, evaluated on the 5,000 that are split off for validation; the test set is
 never read. The same seeds everywhere, so that the order and (where it can be) the first weights are
-equal; splits do not depend on the seed. A change that changes nothing in a recipe is left out.
+equal; splits do not depend on the seed. Some changes are what one of the recipes does already. Rows
+that `--output` holds are kept and not run again.
 """
 
-import inspect
 import statistics
 import sys
 from argparse import Namespace
-from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
+from torch import nn
 
-import metrics
 import models
 from benchmarks import common
-from config import recipes
-from data import Splits, make_splits
-from reports import evaluation
+from config.settings import CustomSettings
+from data import Splits, make_splits, normalize
 from runtime.device import now
 from sources.cifar10 import cifar10
-from storage.files import write_atomically
+from storage.files import write_json
 
 
-def _optimizer_of(recipe: str) -> dict[str, Any]:
-    keys = ("optimizer", "lr", "muon_lr", "weight_decay", "bias_lr_scale")
-    return {key: vars(recipes.custom({"recipe": recipe}))[key] for key in keys}
+@dataclass(frozen=True)
+class Change:
+    """What a training does otherwise: settings, arguments of the network, or one of the rest.
+
+    Attributes:
+        settings: by name.
+        network: arguments of `models.CustomCNN`, by name.
+        left_out: a step of the start, see `make_network`.
+        averaging: of the weights, see `average`.
+    """
+
+    settings: dict[str, Any] = field(default_factory=dict)
+    network: dict[str, Any] = field(default_factory=dict)
+    left_out: str = ""
+    averaging: str = ""
 
 
-# Settings, or: a step of the start that is left out, traits of the network, an averaging.
-VARIANTS: dict[str, dict[str, Any]] = {
-    "everything": {},
-    "full-size images from the start": {"small_first": ""},
-    "first half at 24 pixels": {"small_first": "0.5:24"},
-    "AdamW, with the rates of `modern`": _optimizer_of("modern"),
-    "Muon, with the rates of `speedrun`": _optimizer_of("speedrun"),
-    "cosine instead of a line": {"schedule": "cosine"},
-    "a line instead of the cosine": {"schedule": "linear"},
-    "warm-up over a fifth of the steps": {"warmup": 0.2},
-    "no warm-up": {"warmup": 0.0},
-    "biases at the rate of the weights": {"bias_lr_scale": 1.0},
-    "BatchNorm momentum 0.1": {"batchnorm_momentum": 0.1},
-    "BatchNorm momentum 0.4": {"batchnorm_momentum": 0.4},
-    "no label smoothing": {"label_smoothing": 0.0},
-    "random flips": {"flip": "random"},
-    "no translation": {"translate": 0},
-    "no cutout": {"cutout": 0},
-    "patches as they are, not whitened": {"without": "whiten"},
-    "no bias after the whitening": {"traits": {"biased": False}},
-    "linear layers that replace the features, random start": {"traits": {"residual": False}},
-    "head 256 wide": {"traits": {"hidden": (256, 128)}},
-    "random start": {"without": "begin_as_identity"},
-    "BatchNorm scales that train": {"without": "fix_batchnorm_scales"},
-    "ReLU instead of GELU": {"traits": {"activation": "relu"}},
-    "pools at the end of each pair": {"traits": {"pool_after": (2, 4, 6)}},
-    "average of the weights (EMA) added": {"averaging": "ema"},
-    "Lookahead added": {"averaging": "lookahead"},
+# What `modern` and `speedrun` say of their optimisers.
+ADAMW = {"optimizer": "adamw", "lr": 8e-3, "weight_decay": 0.5, "bias_lr_scale": 20.0}
+MUON = {
+    "optimizer": "muon",
+    "lr": 0.01,
+    "muon_lr": 0.17,
+    "weight_decay": 0.2,
+    "bias_lr_scale": 5000.0,
+}
+CHANGES = {
+    "everything": Change(),
+    "full-size images from the start": Change({"small_first": ""}),
+    "first half at 24 pixels": Change({"small_first": "0.5:24"}),
+    "AdamW, with the rates of `modern`": Change(ADAMW),
+    "Muon, with the rates of `speedrun`": Change(MUON),
+    "cosine instead of a line": Change({"schedule": "cosine"}),
+    "a line instead of the cosine": Change({"schedule": "linear"}),
+    "warm-up over a fifth of the steps": Change({"warmup": 0.2}),
+    "no warm-up": Change({"warmup": 0.0}),
+    "biases at the rate of the weights": Change({"bias_lr_scale": 1.0}),
+    "BatchNorm momentum 0.1": Change({"batchnorm_momentum": 0.1}),
+    "BatchNorm momentum 0.4": Change({"batchnorm_momentum": 0.4}),
+    "no label smoothing": Change({"label_smoothing": 0.0}),
+    "random flips": Change({"flip": "random"}),
+    "no translation": Change({"translate": 0}),
+    "no cutout": Change({"cutout": 0}),
+    "no bias after the whitening": Change(network={"biased": False}),
+    "linear layers that replace the features": Change(network={"residual": False}),
+    "head 256 wide": Change(network={"hidden": (256, 128)}),
+    "ReLU instead of GELU": Change(network={"activation": "relu"}),
+    "pools at the end of each pair": Change(network={"pool_after": (2, 4, 6)}),
+    "patches as they are, not whitened": Change(left_out="whitening"),
+    "random start": Change(left_out="identity"),
+    "BatchNorm scales that train": Change(left_out="fixed scales"),
+    "average of the weights (EMA) added": Change(averaging="ema"),
+    "Lookahead added": Change(averaging="lookahead"),
 }
 
 
-def average(job: common.Job, kind: str | None, num_steps: int) -> None:
+def make_network(
+    settings: CustomSettings, splits: Splits, change: Change
+) -> tuple[nn.Module, dict[str, Any]]:
+    """As `train_custom.make_network`, but for what the change says of the network and its start."""
+    torch.manual_seed(settings.seed)
+    arguments = models.NETWORKS[settings.network] | {"momentum": settings.batchnorm_momentum}
+    arguments |= change.network
+    model = models.create_model("custom_cnn", arguments, len(splits.classes))
+    if change.left_out != "whitening":
+        images = normalize(splits.train.images[:5000].cpu(), splits.stats)
+        models.whiten(model.features[0], images)
+    if change.left_out != "identity":
+        models.begin_as_identity(model)
+    if change.left_out != "fixed scales":
+        models.fix_batchnorm_scales(model)
+    device = splits.train.labels.device
+    return model.to(device, memory_format=torch.channels_last), arguments
+
+
+def average(job: common.Job, kind: str, num_steps: int) -> None:
     """Takes the steps of a training and averages the weights behind them, where `kind` says so.
 
     "ema" keeps a moving average of 20 steps aside, and the network becomes that at the end.
@@ -77,109 +114,75 @@ def average(job: common.Job, kind: str | None, num_steps: int) -> None:
     averages = [value.clone() for value in weights]
     for done, _ in enumerate(job.images, start=1):
         last = done == num_steps
-        if kind == "ema" or (kind and (done % 5 == 0 or last)):
-            old = 0.95 if kind == "ema" else 0.95**5 * (done / num_steps) ** 3
+        if kind == "ema":
+            torch._foreach_lerp_(averages, weights, 1 - 0.95)
+        if kind == "lookahead" and (done % 5 == 0 or last):
+            old = 0.95**5 * (done / num_steps) ** 3
             torch._foreach_lerp_(averages, weights, 1 - old)
-            if kind == "lookahead" or last:
-                torch._foreach_copy_(weights, averages)
+            torch._foreach_copy_(weights, averages)
+        if kind == "ema" and last:
+            torch._foreach_copy_(weights, averages)
 
 
-def train(variant: str, seed: int, splits: Splits, args: Namespace) -> dict[str, Any] | None:
-    """Trains a variant; None where it is the recipe itself.
+def train(usual: CustomSettings, change: Change, splits: Splits, args: Namespace) -> dict[str, Any]:
+    """Trains with a change.
 
     Returns:
         Validation accuracy, plain and with TTA, seconds and operations.
     """
-    usual = {"recipe": args.recipe, "seed": seed} | ({"epochs": args.epochs} if args.epochs else {})
-    change, usual = dict(VARIANTS[variant]), recipes.custom(usual)
-    without, traits = change.pop("without", None), change.pop("traits", {})
-    averaging = change.pop("averaging", None)
-    settings = replace(usual, **change)
-    network = models.NETWORKS[settings.network]
-    built = {k: v.default for k, v in inspect.signature(models.CustomCNN).parameters.items()}
-    built |= network
-    alike = (change and settings == usual) or (traits and built | traits == built)
-    if alike or (without and "whitened" not in network):
-        return None
-    with ExitStack() as stack:
-        if without:
-            stack.enter_context(mock.patch.object(models, without))
-        stack.enter_context(mock.patch.dict(models.NETWORKS, {settings.network: network | traits}))
-        job = common.Job(settings, splits)
-    begin = now(args.device)
-    average(job, averaging, settings.epochs * job.batches.num_steps)
-    seconds = now(args.device) - begin
-    both = evaluation.predict_split(job.model, splits.val, splits.stats, job.batches.side, "crops")
-    plain, tta = (metrics.top1(logits, splits.val.labels.cpu()) for logits in both)
-    found = {"epochs": settings.epochs, "top1": plain, "top1_tta": tta, "seconds": seconds}
-    return found | {"flop": common.training_flop(job.model, job.batches)}
+    settings = replace(usual, **change.settings)
+    job = common.Job(settings, splits, make_network=partial(make_network, change=change))
+    start = now(args.device)
+    average(job, change.averaging, settings.epochs * job.batches.num_steps)
+    seconds = now(args.device) - start
+    found = common.accuracies(job.model, splits.val, splits.stats)
+    return {**found, "seconds": seconds, "flop": common.training_flop(job.model, job.batches)}
 
 
-INTRODUCTION = """\
-# What each ingredient of a recipe is worth
-
-Trainings at their real length on 45,000 images, judged on 5,000 that are split off for validation;
-the json beside this gives command, day and machine. Accuracies are means and standard deviations
-over the seeds. Worth is in points with TTA, against "everything" on the same seeds; where it is
-negative the change was better. Minutes are those of the fastest seed.
-"""
-
-
-def tables(rows: list[dict[str, Any]]) -> str:
-    """Markdown: what each change costs, a table a recipe and length."""
-    text = INTRODUCTION
-    for length in dict.fromkeys((row["recipe"], row["epochs"], row["limit"]) for row in rows):
-        runs: dict[str, dict[int, dict[str, Any]]] = {}
-        for row in rows:
-            if (row["recipe"], row["epochs"], row["limit"]) == length:
-                runs.setdefault(row["variant"], {})[row["seed"]] = row
-        full, cells = runs.get("everything", {}), []
-        for name, by_seed in runs.items():
-            worth = [
-                100 * (full[seed]["top1_tta"] - run["top1_tta"])
-                for seed, run in by_seed.items()
-                if seed in full and name != "everything"
-            ]
-            found = list(by_seed.values())
-            cells.append(
-                {
-                    **{"change": name, "seeds": str(len(found))},
-                    "top-1 (%)": common.spread([100 * run["top1"] for run in found]),
-                    "with TTA (%)": common.spread([100 * run["top1_tta"] for run in found]),
-                    "worth": common.spread(worth, "+.2f") if worth else "",
-                    "PFLOP": f"{statistics.mean(run['flop'] for run in found) / 1e15:.3f}",
-                    "minutes": f"{min(run['seconds'] for run in found) / 60:.1f}",
-                }
-            )
-        limit = f", {length[2]:,} images" if length[2] else ""
-        text += f"\n## `{length[0]}`, {length[1]} epochs{limit}\n\n{common.markdown(cells)}"
-    return text
+def summary(rows: list[dict[str, Any]], asked: dict[str, Any]) -> str:
+    """A line for each change of the recipe that was asked for, over its seeds."""
+    groups: dict[str, dict[int, float]] = {}
+    for row in rows:
+        if asked.items() <= row.items():
+            groups.setdefault(row["change"], {})[row["seed"]] = 100 * row["top1_tta"]
+    usual = groups.get("everything", {})
+    lines = []
+    for name, by_seed in groups.items():
+        line = f"{name}: with TTA {common.mean_and_spread(list(by_seed.values()))} %"
+        worth = [usual[seed] - tta for seed, tta in by_seed.items() if seed in usual]
+        if worth and name != "everything":
+            line += f", worth {statistics.mean(worth):+.2f} points"
+        lines.append(line)
+    return "\n".join(lines)
 
 
 def main() -> None:
     """The command line."""
     parser = common.parser(__file__, __doc__)
-    parser.add_argument("--recipe", choices=recipes.BY_RECIPE, default="speedrun")
-    parser.add_argument("--only", nargs="+", default=VARIANTS, choices=VARIANTS, metavar="NAME")
+    recipes = ("modern", "speedrun", "best")  # those whose network is whitened
+    parser.add_argument("--recipe", choices=recipes, default="speedrun")
+    parser.add_argument("--only", nargs="+", default=CHANGES, choices=CHANGES, metavar="NAME")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, help="default: the recipe's")
     parser.add_argument("--limit", type=int, help="images of each split, to try this out")
     args = parser.parse_args()
-    options = {"val_fraction": 0.1, "limit": args.limit, "seed": 0, "device": args.device}
-    splits, rows = make_splits(cifar10(args.data_dir), **options), common.earlier(args)
-    epochs = args.epochs or recipes.custom({"recipe": args.recipe}).epochs
+    usual = common.settings_of(f"train_custom.py --recipe {args.recipe}")
+    if args.epochs:
+        usual = replace(usual, epochs=args.epochs)
+    arrays = cifar10(args.data_dir)
+    splits = make_splits(arrays, val_fraction=0.1, limit=args.limit, seed=0, device=args.device)
+    rows = common.read_rows(args.output)
+    asked = {"recipe": args.recipe, "epochs": usual.epochs, "limit": args.limit}
     for seed in args.seeds:
         for name in args.only:
-            row = {"recipe": args.recipe, "variant": name, "seed": seed, "limit": args.limit}
-            known = row | {"epochs": epochs}
-            if any(known.items() <= earlier.items() for earlier in rows):
+            row = {**asked, "change": name, "seed": seed}
+            if any(row.items() <= earlier.items() for earlier in rows):
                 continue
-            if found := train(name, seed, splits, args):
-                rows.append(common.measured(row | found, args.device))
-                print({**row, **found}, flush=True)
-                common.write(args, rows)
-                write_atomically(args.output.with_suffix(".md"), tables(rows))
-    print(tables(rows))
+            found = train(replace(usual, seed=seed), CHANGES[name], splits, args)
+            print({**row, **found}, flush=True)
+            rows.append(common.measured({**row, **found}, args.device))
+            write_json(args.output, {"rows": rows})
+    print(summary(rows, asked))
 
 
 if __name__ == "__main__":

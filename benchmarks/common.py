@@ -2,9 +2,9 @@
 
 import argparse
 import copy
-import functools
 import json
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -24,13 +24,14 @@ from torchvision.datasets import CIFAR10
 
 import engine
 import finetune
+import metrics
 import train_custom
 from config import commandline
 from config.settings import CustomSettings, FineTuneSettings, Settings
 from data import ChannelStats, Split, Splits, TrainBatches
-from optimizers import make_optimizer, parameter_groups
+from optimizers import make_optimizer
 from pretrained import freeze
-from reports import provenance
+from reports import evaluation, provenance
 from runs import loading
 from runtime.amx import as_products
 from runtime.device import choose_precision, compile_or_not, now, prepare, select_device
@@ -51,7 +52,7 @@ def parser(script: str, description: str, device: str = "auto") -> argparse.Argu
     return made
 
 
-def measured(figures: dict[str, Any], device: torch.device = provenance.CPU) -> dict[str, Any]:
+def measured(figures: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """A benchmark's figures after the command, day, machine and code they come from."""
     words = ["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]]
     return {
@@ -63,18 +64,20 @@ def measured(figures: dict[str, Any], device: torch.device = provenance.CPU) -> 
     }
 
 
-def write(args: argparse.Namespace, found: dict[str, Any] | list[dict[str, Any]]) -> None:
-    """Writes `--output`: figures with what they come from, or rows that say so themselves."""
-    rows = isinstance(found, list)
-    write_json(args.output, {"rows": found} if rows else measured(found, args.device))
+def write(args: argparse.Namespace, figures: dict[str, Any]) -> None:
+    """Writes `--output`: a benchmark's figures with what they come from."""
+    write_json(args.output, measured(figures, args.device))
 
 
-def earlier(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """The rows that `--output` holds already."""
-    rows = json.loads(args.output.read_text())["rows"] if args.output.exists() else []
-    if any("limit" not in row for row in rows):  # of recipes as they once were
-        raise SystemExit(f"{args.output} holds rows of an older form: move it, or give --output")
-    return rows
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The trainings that an `--output` holds already."""
+    return json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
+
+
+def settings_of(job: str) -> CustomSettings | FineTuneSettings:
+    """The settings of a command such as "finetune.py --arch resnet18"."""
+    script, *flags = shlex.split(job)
+    return finetune.parse(flags) if script == "finetune.py" else train_custom.parse(flags)
 
 
 def splits(settings: Settings, args: argparse.Namespace) -> Splits:
@@ -85,80 +88,120 @@ def splits(settings: Settings, args: argparse.Namespace) -> Splits:
 class Job:
     """A training as a script runs it with these settings, without its files.
 
-    `steps` are those of `engine.train`; `images` takes them and yields the images of each.
+    Args:
+        settings: of the script.
+        splits: on their device.
+        make_network: makes the network and its arguments of settings and splits; by default as
+            the script does.
+        keep_memory: keep freed memory, as the script does (`runtime.device.prepare`).
+        products: convolve small maps as products where that is faster, as the script does.
+
+    `images` takes the steps of `engine.train` and yields the number of images of each.
     """
 
-    def __init__(self, settings: CustomSettings | FineTuneSettings, splits: Splits):
-        prepare()
+    def __init__(
+        self,
+        settings: CustomSettings | FineTuneSettings,
+        splits: Splits,
+        *,
+        make_network: Callable[[Any, Splits], tuple[nn.Module, dict[str, Any]]] | None = None,
+        keep_memory: bool = True,
+        products: bool = True,
+    ):
         device = splits.train.labels.device
-        tuning = isinstance(settings, FineTuneSettings)
-        begin = finetune.begin if tuning else train_custom.begin
-        self.model, self.surgery, self.batches = begin(settings, splits)
-        if tuning:
+        script = finetune if isinstance(settings, FineTuneSettings) else train_custom
+        if keep_memory:
+            prepare()
+        if make_network is None:
+            make_network = script.make_network
+        self.model, self.arguments = make_network(settings, splits)
+        self.batches = loading.train_batches(settings, splits, settings.image_size or 32)
+        schedule = "cosine"
+        if script is finetune:
             freeze(self.model, settings.unfreeze)
+        else:
+            schedule = settings.schedule
         first = next(self.batches.epoch(0))
         self.precision, _ = choose_precision(settings.precision, self.model, first, device)
-        as_products(self.model, self.precision, device)
-        groups = (
-            finetune.parameter_groups(self.model, settings)
-            if tuning
-            else parameter_groups(self.model, **loading.grouping(settings))
-        )
+        if products:
+            as_products(self.model, self.precision, device)
+        groups = script.parameter_groups(self.model, settings)
         self.optimizer = make_optimizer(groups, settings.optimizer, settings.lr, self.precision)
-        network = compile_or_not(self.model, settings.compile, device)
-        parts, options = (network, self.optimizer, self.batches), loading.learning(settings)
-        self.steps = engine.train(*parts, precision=self.precision, **options)
-        fewest, more = divmod(self.batches.num_images, self.batches.num_steps)
-        # At step 0 an epoch has ended.
-        self.images = (fewest + (at.step <= more) for at in self.steps if at.step)
+        self.network = compile_or_not(self.model, settings.compile, device)
+        self.options = {
+            "precision": self.precision,
+            "epochs": settings.epochs,
+            "lr": settings.lr,
+            "warmup": settings.warmup,
+            "schedule": schedule,
+            "label_smoothing": settings.label_smoothing,
+        }
+        self.images = self._images()
+
+    def _images(self) -> Iterator[int]:
+        for at in engine.train(self.network, self.optimizer, self.batches, **self.options):
+            if at.step > 0:  # at step 0 an epoch has ended
+                yield images_of_step(self.batches, at.step - 1)
 
 
-def rate(images: Iterator[int], number: int, device: torch.device) -> float:
+def images_of_step(batches: TrainBatches, step: int) -> int:
+    """Images of a step of an epoch, counted from 0: the first steps take the rest, one each."""
+    fewest, rest = divmod(batches.num_images, batches.num_steps)
+    return fewest + 1 if step < rest else fewest
+
+
+def throughput(images: Iterator[int], num_steps: int, device: torch.device) -> float:
     """Images/s of so many steps."""
     begin = now(device)
-    count = sum(next(images) for _ in range(number))
+    count = sum(next(images) for _ in range(num_steps))
     return count / (now(device) - begin)
 
 
-def with_and_without(
-    benchmark: str, description: str, measure: Callable, jobs: Sequence[str], **figures: Any
+def compare(
+    script: str,
+    description: str,
+    without: dict[str, bool],
+    jobs: Sequence[str],
+    first: Callable[[], dict[str, Any]] | None = None,
 ) -> None:
-    """The command line of a benchmark of a measure that `Job` takes, job by job.
+    """The command line of a benchmark that leaves something out of a training, job by job.
 
-    Steps of each job in a process of its own, with the measure and without it, in turn: images/s
-    after three first steps, medians over the turns.
+    Steps of each job in a process of its own, with it and without it, in turn: images/s after three
+    first steps, medians over the turns.
 
     Args:
-        benchmark: its file.
+        script: file of the benchmark.
         description: shown by --help.
-        measure: the function of this module that takes it.
+        without: the argument of `Job` that leaves it out.
         jobs: commands of the scripts.
-        figures: written beside.
+        first: measures something before the jobs; its figures are written beside theirs.
     """
-    made = parser(benchmark, description, "cpu")
+    made = parser(script, description, "cpu")
     made.add_argument("--turns", type=int, default=3)
-    made.add_argument("--only", nargs=2, metavar=("JOB", "SIDE"), help="print its images/s")
+    made.add_argument("--images", type=int, default=3000, help="in a turn, in 4 steps at least")
+    made.add_argument("--jobs", nargs="*", default=jobs, metavar="COMMAND")
+    made.add_argument("--measure", nargs=2, metavar=("COMMAND", "SIDE"), help="print its images/s")
     args = made.parse_args()
-    if args.only:
-        job, side = args.only
-        if side == "without":
-            globals()[measure.__name__] = lambda *_: None
-        script, *flags = job.split()
-        parse = finetune.parse if script == "finetune.py" else train_custom.parse
-        settings = parse([*flags, "--precision", "bf16"])
-        images = Job(settings, splits(settings, args)).images
-        rate(images, 3, args.device)
-        print(json.dumps(rate(images, max(4, 3000 // settings.batch_size), args.device)))
+    if args.measure:
+        command, side = args.measure
+        settings = replace(settings_of(command), precision="bf16")
+        options = without if side == "without" else {}
+        images = Job(settings, splits(settings, args), **options).images
+        throughput(images, 3, args.device)
+        print(throughput(images, max(4, args.images // settings.batch_size), args.device))
         return
+    figures = first() if first else {}
     rows = {}
-    for job in jobs:
+    for job in args.jobs:
         rates: dict[str, list[float]] = {"with": [], "without": []}
-        for side in list(rates) * args.turns:
-            command = [sys.executable, benchmark, "--data-dir", args.data_dir, "--only", job, side]
-            done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
-            rates[side].append(json.loads(done.stdout.splitlines()[-1]))
+        for _ in range(args.turns):
+            for side, values in rates.items():
+                command = [sys.executable, script, "--data-dir", str(args.data_dir)]
+                command += ["--images", str(args.images), "--measure", job, side]
+                done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
+                values.append(float(done.stdout.splitlines()[-1]))
         medians = {side: round(statistics.median(values), 1) for side, values in rates.items()}
-        rows[job] = medians | {"ratio": round(medians["with"] / medians["without"], 3)}
+        rows[job] = {**medians, "ratio": round(medians["with"] / medians["without"], 3)}
         print(f"{job}: {rows[job]}", flush=True)
     write(args, {**figures, "images_per_second": rows})
 
@@ -180,23 +223,32 @@ def flop(model: nn.Module, side: int, training: bool = True) -> int:
 
 def training_flop(model: nn.Module, batches: TrainBatches) -> float:
     """Operations of a whole training: `flop` of every image at the side it has in its step."""
-    of_side = functools.cache(functools.partial(flop, model))
-    fewest, more = divmod(batches.num_images, batches.num_steps)
-    return float(
-        sum(
-            (fewest + (step < more)) * of_side(batches.side_at(epoch, step))
-            for epoch in range(batches.num_epochs)
-            for step in range(batches.num_steps)
-        )
-    )
+    of_side: dict[int, int] = {}
+    total = 0
+    for epoch in range(batches.num_epochs):
+        for step in range(batches.num_steps):
+            side = batches.side_at(epoch, step)
+            if side not in of_side:
+                of_side[side] = flop(model, side)
+            total += images_of_step(batches, step) * of_side[side]
+    return float(total)
+
+
+def accuracies(model: nn.Module, split: Split, stats: ChannelStats) -> dict[str, float]:
+    """Top-1 accuracy on a split of images of 32x32 pixels, of one view and with TTA."""
+    plain, averaged = evaluation.predict_split(model, split, stats, 32, "crops")
+    labels = split.labels.cpu()
+    return {"top1": metrics.top1(plain, labels), "top1_tta": metrics.top1(averaged, labels)}
 
 
 class Pictures(CIFAR10):
     """CIFAR-10 as torchvision serves it, one PIL image at a time, from arrays in memory."""
 
     def __init__(self, split: Split, transform: Callable[[Any], Tensor]):
-        self.data, self.targets = split.images.cpu().numpy(), split.labels.tolist()
-        self.transform, self.target_transform = transform, None
+        self.data = split.images.cpu().numpy()
+        self.targets = split.labels.tolist()
+        self.transform = transform
+        self.target_transform = None
 
 
 def plain_steps(
@@ -207,28 +259,20 @@ def plain_steps(
     Images are read sample by sample with two workers, mirrored at random, in float32; Adam at a
     constant rate. Yields the images of each step.
     """
-    chain = transforms.RandomHorizontalFlip(), transforms.ToTensor(), transforms.Normalize(*stats)
+    chain = [transforms.RandomHorizontalFlip(), transforms.ToTensor(), transforms.Normalize(*stats)]
     pictures = Pictures(split, transforms.Compose(chain))
+    loader = DataLoader(pictures, batch_size, shuffle=True, num_workers=2, drop_last=True)
     model.to(device).train()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     while True:
-        for x, labels in DataLoader(
-            pictures, batch_size, shuffle=True, num_workers=2, drop_last=True
-        ):
-            x, labels = x.to(device), labels.to(device)
+        for x, labels in loader:
             optimizer.zero_grad()
-            F.cross_entropy(model(x), labels).backward()
+            F.cross_entropy(model(x.to(device)), labels.to(device)).backward()
             optimizer.step()
             yield len(labels)
 
 
-def spread(values: Sequence[float], form: str = ".2f") -> str:
-    """Mean and, of several values, the standard deviation of a sample."""
-    text = f"{statistics.mean(values):{form}}"
-    return text + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
-
-
-def markdown(rows: Sequence[dict[str, str]]) -> str:
-    """A Markdown table of rows with equal keys, which head it."""
-    lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+def mean_and_spread(values: Sequence[float]) -> str:
+    """Mean and, of several values, the standard deviation of a sample, in two decimals."""
+    mean = f"{statistics.mean(values):.2f}"
+    return f"{mean} ± {statistics.stdev(values):.2f}" if len(values) > 1 else mean

@@ -7,8 +7,12 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks import common
 
-JOBS = [f"train_custom.py --recipe {recipe}" for recipe in ("classic", "modern", "speedrun")]
-JOBS += ["finetune.py --arch resnet18"]
+JOBS = [
+    "train_custom.py --recipe classic",
+    "train_custom.py --recipe modern",
+    "train_custom.py --recipe speedrun",
+    "finetune.py --arch resnet18",
+]
 
 if __name__ == "__main__":
-    common.with_and_without(__file__, __doc__, common.prepare, JOBS)
+    common.compare(__file__, __doc__, {"keep_memory": False}, JOBS)

@@ -1,10 +1,10 @@
 """Training throughput of this repository against the plain loop of PyTorch's CIFAR-10 tutorial.
 
 All sides train the same network at the same batch size in one process, a few steps in turn, so
-that a machine that slows down slows both. The plain side is what most repositories do: a dataset of
+that a machine that slows down slows all. The plain side is what most repositories do: a dataset of
 PIL images, ToTensor, Normalize and RandomHorizontalFlip sample by sample, a DataLoader with two
 workers, float32. A third side is this trainer under `torch.compile`, and the seconds that its first
-two steps take longer; further ones are recipes' smaller images. Images/s are medians over the
+two steps take longer; further ones are the recipe's smaller images. Images/s are medians over the
 turns; FLOP/s are those of images of 32x32 pixels, counted as in `common.flop`.
 """
 
@@ -21,7 +21,6 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 
-import train_custom
 from benchmarks import common
 from config.recipes import BY_RECIPE
 from config.settings import sizes
@@ -32,7 +31,8 @@ from runtime.device import now
 def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
     """The machine's FLOP/s in a square matrix product, best of five."""
     size = 4096 if device.type == "cpu" else 8192
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    a = torch.randn(size, size, device=device).to(dtype)
+    b = torch.randn(size, size, device=device).to(dtype)
     times = []
     for _ in range(5):
         begin = now(device)
@@ -43,35 +43,40 @@ def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
 
 def measure(recipe: str, args: Namespace, peaks: dict[str, float]) -> dict[str, Any]:
     """Times the sides on a recipe's network."""
-    size = ["--batch-size", str(args.batch_size)] if args.batch_size else []
-    settings, device = train_custom.parse(["--recipe", recipe, *size]), args.device
+    device = args.device
+    settings = common.settings_of(f"train_custom.py --recipe {recipe}")
+    if args.batch_size:
+        settings = replace(settings, batch_size=args.batch_size)
     splits = common.splits(settings, args)
     job = common.Job(settings, splits)
+    # More steps than are needed, in the number format that the job has chosen.
+    endless = replace(settings, epochs=10_000, precision=job.precision, small_first="")
 
     def ours(**changes: Any) -> Iterator[int]:
-        chosen = {"epochs": 10_000, "precision": job.precision, **changes}  # more steps than needed
-        return common.Job(replace(settings, **chosen), splits).images
+        return common.Job(replace(endless, **changes), splits).images
 
-    plain = create_model("custom_cnn", job.surgery, len(splits.classes))
-    data, size = (splits.train, splits.stats), settings.batch_size
+    network = create_model("custom_cnn", job.arguments, len(splits.classes))
     sides = {
-        "plain": common.plain_steps(*data, plain, size, device),
-        "ours": ours(small_first=""),
-        "compiled": ours(small_first="", compile=True),
+        "plain": common.plain_steps(
+            splits.train, splits.stats, network, settings.batch_size, device
+        ),
+        "ours": ours(),
+        "compiled": ours(compile=True),
     }
     for _, side in sizes(settings.small_first):
         sides[f"ours, {side} pixels"] = ours(small_first=f"0.999:{side}")
-    starts, rates = {}, {side: [] for side in sides}
-    for side, images in sides.items():
+    starts = {}
+    for name, images in sides.items():
         begin = now(device)
-        common.rate(images, 2, device)
-        starts[side] = now(device) - begin
+        common.throughput(images, 2, device)
+        starts[name] = now(device) - begin
+    rates: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(args.turns):
-        for side, images in sides.items():
-            common.rate(images, 4, device)  # workers that idled meanwhile have batches in store
-            rates[side].append(common.rate(images, args.steps, device))
-            time.sleep(1)  # and refill it now, not beside the other side
-    medians = {side: statistics.median(values) for side, values in rates.items()}
+        for name, images in sides.items():
+            common.throughput(images, 4, device)  # of workers that idled some batches are ready
+            rates[name].append(common.throughput(images, args.steps, device))
+            time.sleep(1)  # they make the next ones now, not beside the other side
+    medians = {name: statistics.median(values) for name, values in rates.items()}
     begin = now(device)
     count = sum(len(labels) for _, labels in job.batches.epoch(settings.epochs - 1))
     augmenting = (now(device) - begin) / count  # seconds an image
@@ -80,9 +85,9 @@ def measure(recipe: str, args: Namespace, peaks: dict[str, float]) -> dict[str, 
         "recipe": recipe,
         "multiplications": common.flop(job.model, job.batches.side, training=False) // 2,
         "training_pflop": round(common.training_flop(job.model, job.batches) / 1e15, 4),
-        "batch_size": size,
+        "batch_size": settings.batch_size,
         "precision": job.precision,
-        "images_per_second": {side: round(value, 1) for side, value in medians.items()},
+        "images_per_second": {name: round(value, 1) for name, value in medians.items()},
         "compile_seconds": round(starts["compiled"] - starts["ours"], 1),
         "ratio": round(medians["ours"] / medians["plain"], 2),
         "flop_per_second": round(done),

@@ -8,7 +8,6 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import finetuning
 from reports import figures
 
 ROOT = Path(__file__).parent.parent
@@ -173,24 +172,6 @@ def test_calibration_draws_a_curve_per_variant(tmp_path, temperature, n):
     array = pixels(tmp_path / "cal.png")
     assert shows(array, figures.ORANGE)
     assert shows(array, figures.BLUE) == (temperature is not None)
-
-
-def test_every_network_has_a_panel_and_every_machine_a_colour(tmp_path):
-    rows = [
-        {"arch": arch, "hardware": hardware, "flags": flags}
-        | {"minutes": str(minutes), "val_accuracy": (minutes - len(flags) / 20) / 10}
-        for arch, hardware, flags in (
-            *(("vgg19", "2 cores", "--epochs 2"), ("vgg19", "a GPU", "")),
-            ("resnet18", "2 cores", "--epochs 3"),
-        )
-        for minutes in (1, 5, 9)
-    ]
-    finetuning.draw(rows, tmp_path / "by_minutes.png")
-    top, bottom, _ = np.array_split(pixels(tmp_path / "by_minutes.png"), [430, 840])
-    assert shows(top, figures.BLUE)
-    assert shows(top, figures.ORANGE)
-    assert shows(bottom, figures.BLUE)
-    assert not shows(bottom, figures.ORANGE)
 
 
 @pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "none such"])
