@@ -65,7 +65,7 @@ class Training:
         self.spent["total"] += self.seconds_before
         self.begun_at = self.batches.share_done(self.progress.epoch, self.progress.step)
         num_steps = self.settings.epochs * self.batches.num_steps
-        self.live = Live(self.run, self.described, self.rows, num_steps)
+        self.live = Live(self.run.results_dir, self.described, self.rows, num_steps)
 
     def follow(self, steps: Iterable[Progress], validate: Validate | None) -> None:
         """Takes the steps to their end.
