@@ -287,7 +287,9 @@ def calibration(
             scaled = logits.double() / temperature
             _reliability(panels, scaled, labels, f"temperature {temperature:.2f}", BLUE, "s")
         tidy(diagram, ylabel="accuracy (%), with its 68 % interval", ylim=(-2, 102))
-        diagram.legend(frameon=False, loc="lower right")
+        # Below both: inside it would cover the points of a few images.
+        lines, names = diagram.get_legend_handles_labels()
+        figure.legend(lines, names, loc="outside lower center", frameon=False)
         # Logarithmic: most images lie in the last bin; a single one still shows.
         tidy(histogram, ylabel="images per bin", xlim=(0, 101), yscale="log", ylim=(0.5, None))
         histogram.set(xlabel="confidence: probability of the predicted class (%)")

@@ -338,9 +338,12 @@ def _linear_axis(values: Sequence[float]) -> Axis:
     """A range with a margin around the values, and two to six round numbers in it."""
     low = min(values)
     high = max(values)
-    margin = 0.06 * (high - low)
-    if margin == 0:  # all values are equal
-        margin = 0.1 * abs(high) or 1.0
+    if high > low:
+        margin = 0.06 * (high - low)
+    elif high != 0:
+        margin = 0.1 * abs(high)
+    else:
+        margin = 1.0
     low -= margin
     high += margin
     step = 10.0 ** math.floor(math.log10((high - low) / 3))

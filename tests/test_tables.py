@@ -1,10 +1,12 @@
 import os
+import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, SMALL
 
 import models
 import train_custom
@@ -150,15 +152,15 @@ def test_a_readme_or_page_of_the_users_own_is_left_as_it_is(tmp_path, capsys):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere names are Unicode on disk")
-def test_a_run_whose_name_is_no_utf8_stands_in_both_tables(tmp_path, capsys):
-    folder = tmp_path / os.fsdecode(b"caf\xe9")
-    write_run(folder, 0, 0.9)
-    rows = tables.write(tmp_path)
-    print(tables.terminal_table(rows))
-    readme = (tmp_path / "README.md").read_text(encoding="utf-8")
-    assert r"[caf\\udce9](caf%E9/)" in readme
-    assert 'href="caf%E9/index.html"' in (tmp_path / "index.html").read_text(encoding="utf-8")
-    assert r"caf\udce9" in capsys.readouterr().out.encode().decode()
+def test_evaluate_lists_a_run_whose_name_on_disk_is_no_utf8(run):
+    assert run(*SMALL).code == 0
+    shutil.copytree("results/custom_cnn", "results/" + os.fsdecode(b"caf\xe9"))
+    shutil.copy("checkpoints/custom_cnn.pt", "checkpoints/again.pt")  # two: a table is printed
+    done = run("evaluate")
+    assert done.code == 0, done.err
+    assert r"caf\udce9" in done.out
+    assert r"[caf\\udce9](caf%E9/)" in Path("results/README.md").read_text(encoding="utf-8")
+    assert 'href="caf%E9/index.html"' in Path("results/index.html").read_text(encoding="utf-8")
 
 
 def test_an_accuracy_on_few_test_images_says_how_many(tmp_path):
