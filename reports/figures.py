@@ -347,9 +347,9 @@ def drawing(
 
 @cache
 def _other_fonts(characters: frozenset[str]) -> list[str]:
-    """Families of installed fonts that have the characters that FONT lacks, as few as come first.
+    """Families of installed fonts that together have the characters that FONT lacks.
 
-    Characters that no font has are said on stderr; they are drawn as boxes.
+    That some are in no font is said on stderr; they are drawn as boxes.
     """
     lacking = characters - _held(font_manager.findfont(FONT), characters)
     families = []
@@ -389,11 +389,16 @@ def _preference(path: str) -> tuple[bool, bool, int, str]:
 
 def _line(axes: Axes, history: Rows, column: str, scale: float, **look: str) -> None:
     """Draws a column of the history where it has numbers."""
-    rows = [row for row in history if row.get(column) not in (None, "")]
-    points = [(float(row["epoch"]), scale * float(row[column])) for row in rows]
-    if points := [point for point in points if math.isfinite(point[1])]:
-        marker = "o" if len(points) < 3 else None  # a line needs two points to be seen
-        axes.plot(*zip(*points, strict=True), marker=marker, linewidth=1.8, **look)
+    epochs = []
+    values = []
+    for row in history:
+        value = row.get(column)
+        if value not in (None, "") and math.isfinite(float(value)):
+            epochs.append(float(row["epoch"]))
+            values.append(scale * float(value))
+    if values:
+        marker = "o" if len(values) < 3 else None  # a line needs two points to be seen
+        axes.plot(epochs, values, marker=marker, linewidth=1.8, **look)
 
 
 def _show(axes: Axes, image: Pixels, caption: str) -> None:

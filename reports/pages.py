@@ -154,7 +154,7 @@ def write(run_dir: Path, content: Row) -> None:
         updated=round(content["updated"]) if running else 0,
         status=content["status"],
         command=content["command"],
-        changed=_text(content.get("changed")) or "none",
+        changed=_text(content.get("changed")),
         note=content.get("note"),
         share_done=share_done,
         tiles=_tiles(content, report, history, steps),
