@@ -15,11 +15,16 @@ class Stopped(BaseException):  # no `except Exception` may swallow a signal
     """A signal asked the run to stop; the message says what was kept and how to go on."""
 
     def __init__(self, number: int, message: str = ""):
-        super().__init__(message or f"stopped by {signal.Signals(number).name}")
+        if not message:
+            message = f"stopped by {signal.Signals(number).name}"
+        super().__init__(message)
         self.number = number
 
 
 def printable(text: object) -> str:
     """Text from outside on one line, its control characters and broken bytes as escapes."""
-    line = " ".join(str(text).split()) or repr(str(text))
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+    line = " ".join(str(text).split())
+    if not line:  # nothing but white space
+        return repr(str(text))
+    characters = [c if c.isprintable() else c.encode("unicode_escape").decode() for c in line]
+    return "".join(characters)

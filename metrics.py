@@ -14,6 +14,9 @@ from torch.nn import functional as F
 from errors import UnusableInput
 
 MAX_TEMPERATURE = 20.0  # and its reciprocal; beyond them no temperature fits
+# A temperature is fitted on at least so many images. Fitted on 200 drawn at random it spreads by 7
+# to 11 %, on 50 by 13 to 33 %, on 2 by a factor of two: two pictures made "100.0 %" of a guess.
+MIN_CALIBRATION = 200
 
 
 class CalibrationBins(NamedTuple):
@@ -42,12 +45,21 @@ def class_scores(matrix: Tensor) -> dict[str, Tensor]:
     """`precision`, `recall` and `f1` from a `confusion_matrix`, (C,) float64 each.
 
     Precision is the share of the images predicted as a class that belong to it, recall the share of
-    its images that are predicted as it (its accuracy), F1 their harmonic mean; NaN for 0/0.
+    its images that are predicted as it (its accuracy), F1 their harmonic mean. The rule for 0/0 is
+    scikit-learn's default: it counts as 0, so that a class that is never predicted has a precision
+    of 0; a class that is neither among the labels nor predicted has no scores, NaN.
     """
     matrix = matrix.double()
-    hits, predicted, true = matrix.diagonal(), matrix.sum(0), matrix.sum(1)
-    both = 2 * hits / (predicted + true)
-    return {"precision": hits / predicted, "recall": hits / true, "f1": both}
+    hits = matrix.diagonal()
+    num_predicted = matrix.sum(0)
+    num_true = matrix.sum(1)
+    scores = {
+        "precision": hits / num_predicted.clamp(min=1),
+        "recall": hits / num_true.clamp(min=1),
+        "f1": 2 * hits / (num_predicted + num_true).clamp(min=1),
+    }
+    absent = (num_predicted + num_true) == 0
+    return {name: values.masked_fill(absent, math.nan) for name, values in scores.items()}
 
 
 def calibration_bins(logits: Tensor, labels: Tensor, num_bins: int = 15) -> CalibrationBins:
@@ -60,11 +72,11 @@ def calibration_bins(logits: Tensor, labels: Tensor, num_bins: int = 15) -> Cali
     confidence, predicted = logits.double().softmax(1).max(1)
     bins = ((confidence * num_bins).ceil().long() - 1).clamp(0, num_bins - 1)
     count = torch.bincount(bins, minlength=num_bins)
-    means = (
-        torch.bincount(bins, weights=values, minlength=num_bins) / count.clamp(min=1)
-        for values in (confidence, (predicted == labels).double())
-    )
-    return CalibrationBins(count, *means)
+    correct = (predicted == labels).double()
+    total_confidence = torch.bincount(bins, weights=confidence, minlength=num_bins)
+    total_correct = torch.bincount(bins, weights=correct, minlength=num_bins)
+    images = count.clamp(min=1)
+    return CalibrationBins(count, total_confidence / images, total_correct / images)
 
 
 def expected_calibration_error(bins: CalibrationBins) -> float:
@@ -81,20 +93,30 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float | None:
     """The T > 0 whose logits / T have the smallest cross-entropy (Guo et al. 2017, section 4.2).
 
     Fit it on validation logits: on the test set it would flatter the calibration. The loss is
-    convex in 1/T, so its slope changes sign once and bisection needs no step size or start. None
-    fits where the minimum lies beyond [1 / MAX_TEMPERATURE, MAX_TEMPERATURE], as when every image
-    (or none) is classified correctly.
+    convex in 1/T, so its slope changes sign once and bisection needs no step size or start.
+
+    Returns:
+        None, which means "not calibrated", for fewer than MIN_CALIBRATION images, and where the
+        minimum lies beyond [1 / MAX_TEMPERATURE, MAX_TEMPERATURE], as when every image (or none) is
+        classified correctly.
     """
     _check(logits, labels)
+    if len(labels) < MIN_CALIBRATION:
+        return None
     logits = logits.double()
     margins = logits - logits.gather(1, labels[:, None])  # to the label's own logit
-    low, high = -math.log(MAX_TEMPERATURE), math.log(MAX_TEMPERATURE)
+    limit = math.log(MAX_TEMPERATURE)
+    low = -limit
+    high = limit
     for _ in range(50):  # halvings that exhaust float64
         middle = (low + high) / 2
         slope = ((logits / math.exp(middle)).softmax(1) * margins).sum()  # of the loss in 1/T
-        low, high = (middle, high) if slope > 0 else (low, middle)  # above 0: 1/T is too large
+        if slope > 0:  # 1/T is too large
+            low = middle
+        else:
+            high = middle
     fitted = (low + high) / 2
-    return math.exp(fitted) if abs(fitted) < 0.999 * math.log(MAX_TEMPERATURE) else None
+    return math.exp(fitted) if abs(fitted) < 0.999 * limit else None
 
 
 def summarize(
@@ -115,38 +137,51 @@ def summarize(
         classes: C names.
 
     Returns:
-        `n`, `loss`, `top1`, `top1_tta`, `per_class` ({class: accuracy}), `by_class` ({class: scores
-        of `class_scores`}), `macro` (their means over the classes that have them), `ece`,
-        `temperature`, `ece_calibrated`; None for what is missing or divides by zero.
+        `n` (images), `loss`, `top1`, `top1_tta`, `per_class` ({class: accuracy}, None for a class
+        without images), `by_class` ({class: its number of `images` and its scores of
+        `class_scores`}, scores None for a class that is neither there nor predicted), `macro` (the
+        scores' means over the other classes, as scikit-learn's macro averages), `ece`,
+        `temperature` and `ece_calibrated`; None for what is missing.
 
     Raises:
         UnusableInput: the logits are not all finite.
         ValueError: no images, or shapes that disagree.
     """
-
-    def plain(value: Tensor) -> float | None:
-        return None if value.isnan() else value.item()  # strict JSON knows no NaN
-
-    def ece(scale: float) -> float:
-        return expected_calibration_error(calibration_bins(logits.double() / scale, labels))
-
-    scores = class_scores(confusion_matrix(logits, labels))
-    by_class = {
-        name: dict(zip(scores, map(plain, values), strict=True))
-        for name, *values in zip(classes, *scores.values(), strict=True)
-    }
+    if len(classes) != logits.shape[1]:
+        raise ValueError(f"{len(classes)} names for {logits.shape[1]} classes")
+    ece_calibrated = None
+    if temperature is not None:
+        ece_calibrated = _ece(logits.double() / temperature, labels)
+    matrix = confusion_matrix(logits, labels)
+    num_images = matrix.sum(1).tolist()
+    scores = class_scores(matrix)
+    per_class = {}
+    by_class = {}
+    for number, name in enumerate(classes):
+        row = {score: _plain(values[number]) for score, values in scores.items()}
+        per_class[name] = row["recall"] if num_images[number] else None
+        by_class[name] = {"images": num_images[number], **row}
     return {
         "n": len(labels),
         "loss": F.cross_entropy(logits.double(), labels).item(),
         "top1": top1(logits, labels),
         "top1_tta": None if logits_tta is None else top1(logits_tta, labels),
-        "per_class": {name: values["recall"] for name, values in by_class.items()},
+        "per_class": per_class,
         "by_class": by_class,
-        "macro": {score: plain(values.nanmean()) for score, values in scores.items()},
-        "ece": ece(1.0),
+        "macro": {score: _plain(values.nanmean()) for score, values in scores.items()},
+        "ece": _ece(logits, labels),
         "temperature": temperature,
-        "ece_calibrated": None if temperature is None else ece(temperature),
+        "ece_calibrated": ece_calibrated,
     }
+
+
+def _ece(logits: Tensor, labels: Tensor) -> float:
+    return expected_calibration_error(calibration_bins(logits, labels))
+
+
+def _plain(value: Tensor) -> float | None:
+    """A number for JSON, which knows no NaN."""
+    return None if value.isnan() else value.item()
 
 
 def _check(logits: Tensor, labels: Tensor) -> None:

@@ -232,11 +232,15 @@ def draw(
         filters, example = first_layer(model, splits, side)
         figures.first_layer(filters, path, name, example)
 
+    def mistakes(path: Path, name: str) -> None:
+        calibrated = temperature is not None
+        figures.mistakes(images, labels, probabilities, splits.classes, path, name, calibrated)
+
     def curves(path: Path, name: str) -> None:
         figures.curves(rows, path, name, reference)
 
     picture("confusion_matrix", figures.confusion_matrix, matrix, splits.classes)
-    picture("mistakes", figures.mistakes, images, labels, probabilities, splits.classes)
+    picture("mistakes", mistakes)
     picture("calibration", figures.calibration, logits, labels, temperature)
     picture("first_layer", layer)
     if rows:

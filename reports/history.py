@@ -3,14 +3,29 @@
 import csv
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from storage.files import write_atomically
 
-COLUMNS = (
-    *("epoch", "step", "lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy"),
-    *("images_per_second", "seconds"),
-)
+
+class Row(TypedDict):
+    """An epoch in numbers: a plain dict, since states hold the history.
+
+    Losses are in nats, accuracies fractions; both None where there is no validation split.
+    """
+
+    epoch: int  # from 1
+    step: int  # of the whole training, at the epoch's end
+    lr: float
+    train_loss: float
+    train_accuracy: float
+    val_loss: float | None
+    val_accuracy: float | None
+    images_per_second: float
+    seconds: float  # of training since it began
+
+
+COLUMNS = tuple(Row.__annotations__)
 # Columns that depend on the machine's mood; all others repeat to the last digit.
 TIMINGS = ("images_per_second", "seconds")
 
@@ -20,7 +35,7 @@ HEADER = (
 )
 
 
-def line(history: Sequence[dict[str, Any]], epochs: int, seconds_left: float) -> str:
+def line(history: Sequence[Row], epochs: int, seconds_left: float) -> str:
     """The last row as text under `HEADER`; per cent, minutes since the training began and to go."""
     row = history[-1]
     val_loss = "-" if row["val_loss"] is None else f"{row['val_loss']:.4f}"
@@ -38,12 +53,13 @@ def minutes(seconds: float) -> str:
     return f"{whole:>4}:{rest:02}"
 
 
-def write(path: Path, history: Iterable[dict[str, Any]]) -> None:
+def write(path: Path, history: Iterable[Row]) -> None:
     """Writes history.csv whole; a missing validation value is an empty field."""
-    lines = [list(COLUMNS)] + [
-        ["" if row[name] is None else f"{row[name]:.8g}" for name in COLUMNS] for row in history
-    ]
-    write_atomically(path, "".join(",".join(line) + "\n" for line in lines))
+    lines = [",".join(COLUMNS)]
+    for row in history:
+        cells = ["" if row[name] is None else f"{row[name]:.8g}" for name in COLUMNS]
+        lines.append(",".join(cells))
+    write_atomically(path, "\n".join(lines) + "\n")
 
 
 def read(path: Path) -> list[dict[str, str]]:

@@ -2,39 +2,49 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from errors import printable
 from reports import pages
+from reports.history import Row
 from runtime import launch
 
 MOST_POINTS = 300  # of the loss by step; beyond, every second one goes
+MIN_SECONDS = 3.0  # between two pages
+SHARE_OF_TIME = 0.005  # that writing pages may take of a training
 
 
-@dataclass
 class Live:
-    """What the page of a training shows, gathered while it runs.
+    """What the page of a training shows, gathered while it runs."""
 
-    Attributes:
-        results_dir: of the run; the page lies there.
-        described: what `provenance.describe` returned.
-        rows: the history, which grows.
-        num_steps: of the whole training.
-    """
+    def __init__(
+        self, results_dir: Path, described: dict[str, Any], rows: list[Row], num_steps: int
+    ):
+        """Begins without a point.
 
-    results_dir: Path
-    described: dict[str, Any]
-    rows: list[dict[str, Any]]
-    num_steps: int
-
-    def __post_init__(self):
+        Args:
+            results_dir: of the run; its page lies there.
+            described: what `provenance.describe` returned.
+            rows: the history, to which the training adds.
+            num_steps: of the whole training.
+        """
+        self.results_dir = results_dir
+        self.described = described
+        self.rows = rows
+        self.num_steps = num_steps
         self.points: list[tuple[int, float, float]] = []  # step, loss (nats), learning rate
-        self.before = (0, 0.0, 0.0)  # epoch, its loss and images when a point was last taken
-        self.left, self.next_write, self.every, self.step = 0.0, 0.0, 1, 0
+        self.every = 1  # a point is taken every so many steps
+        self.step = 0
+        self.seconds_left = 0.0
+        self.next_write = 0.0  # monotonic seconds
+        # The epoch in which the last point was taken, and its sums then.
+        self.last_epoch = 0
+        self.last_loss = 0.0
+        self.last_images = 0.0
 
     def note(
-        self, epoch: int, step: int, lr: float, loss: float, images: float, left: float
+        self, epoch: int, step: int, lr: float, loss: float, images: float, seconds_left: float
     ) -> None:
         """Takes a point: the loss since the last one, or since the epoch began.
 
@@ -42,18 +52,24 @@ class Live:
             epoch: that runs.
             step: of the whole training, from 1.
             lr: its learning rate.
-            loss: nats, summed over the running epoch.
+            loss: nats, summed over the images of the running epoch.
             images: of the running epoch so far.
-            left: seconds to go.
+            seconds_left: to go.
         """
-        self.step, self.left = step, left
-        same, *old = self.before
-        old_loss, old_images = old if same == epoch else (0.0, 0.0)
-        if step % self.every == 0 and images > old_images:
-            self.points.append((step, (loss - old_loss) / (images - old_images), lr))
-            self.before = epoch, loss, images
-            if len(self.points) > MOST_POINTS:
-                self.points, self.every = self.points[1::2], 2 * self.every
+        self.step = step
+        self.seconds_left = seconds_left
+        if epoch != self.last_epoch:
+            self.last_epoch = epoch
+            self.last_loss = 0.0
+            self.last_images = 0.0
+        if step % self.every == 0 and images > self.last_images:
+            mean = (loss - self.last_loss) / (images - self.last_images)
+            self.points.append((step, mean, lr))
+            self.last_loss = loss
+            self.last_images = images
+        if len(self.points) > MOST_POINTS:
+            self.points = self.points[1::2]
+            self.every *= 2
         self.refresh()
 
     def refresh(self) -> None:
@@ -79,13 +95,13 @@ class Live:
             "step": self.step,
             "num_steps": self.num_steps,
             "seconds": self.rows[-1]["seconds"] if self.rows else 0.0,
-            "seconds_left": self.left,
+            "seconds_left": self.seconds_left,
             "updated": time.time(),
             **more,
         }
         best_effort(pages.write, self.results_dir, content)
-        took = time.monotonic() - begin
-        self.next_write = time.monotonic() + max(3.0, 200 * took)  # at most half a per cent
+        end = time.monotonic()
+        self.next_write = end + max(MIN_SECONDS, (end - begin) / SHARE_OF_TIME)
 
 
 def best_effort(write: Callable[..., None], *arguments: Any) -> None:
@@ -93,4 +109,5 @@ def best_effort(write: Callable[..., None], *arguments: Any) -> None:
     try:
         write(*arguments)
     except Exception as error:  # whatever it was: the run's numbers do not depend on it
-        print(f"warning: {arguments[0]}: {type(error).__name__}: {error}", flush=True)
+        place = printable(arguments[0])
+        print(f"warning: {place}: {type(error).__name__}: {printable(error)}", flush=True)

@@ -1,27 +1,28 @@
 """Pages to look at: one of a run, which follows it while it trains, and one of all runs.
 
-They need no server and nothing from elsewhere. Plots are SVG in per cent, which fits any screen.
+They need no server and nothing from elsewhere. Numbers and texts are worked out here; the markup
+stands in templates/, which escape every text. Plots are SVG in per cent, which fits any screen.
 """
 
 import math
 import os
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from html import escape
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from string import Template
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+import metrics
 from errors import printable
 from reports.history import minutes
 from storage.files import write_atomically
 
 Row = Mapping[str, Any]
-Points = Sequence[tuple[float, float]]
-Place = Callable[[float, float], tuple[float, float]]  # from numbers to per cent of a plot
-MARK = "<!doctype html><!-- written by cifar10-pytorch"  # how every page begins
-TEMPLATE = Template((Path(__file__).parent / "templates" / "base.html").read_text("utf-8"))
+Points = list[tuple[float, float]]
+MARK = "<!doctype html><!-- written by cifar10-pytorch"  # how templates/base.html begins
 PICTURES = {
     "batch.png": "What the network sees",
     "confusion_matrix.png": "Which classes it takes for which",
@@ -29,172 +30,378 @@ PICTURES = {
     "calibration.png": "How often it is right, by how sure it is",
     "first_layer.png": "What its first layer looks for",
 }
-FACTS = "arch parameters start_weights data splits image_size precision revision date config"
-COLUMNS = "run,network,recipe,weights,epochs,test %,with TTA %,minutes,limit,hardware,seed"
-KINDS = {"step": "each step", "train": "training", "val": "validation"}
+FACTS = (
+    "arch",
+    "parameters",
+    "start_weights",
+    "data",
+    "splits",
+    "image_size",
+    "precision",
+    "revision",
+    "date",
+    "config",
+)
+LARGEST_DRAWN = 1e12  # a loss beyond it, or none, is left out of the curves
+MIN_ERROR = 0.1  # per cent; where a test without an error stands on the logarithmic scale
+
+
+class Tick(NamedTuple):
+    """A number beside or below a plot."""
+
+    at: float  # per cent of the plot, from the left or from the top
+    name: str
+
+
+class Axis(NamedTuple):
+    """A range that a plot spans, with the round numbers in it."""
+
+    low: float
+    high: float
+    ticks: dict[float, str]  # what stands at a value
+
+    def from_left(self, value: float) -> float:
+        """Where a value lies, in per cent of the plot's width."""
+        return round(100 * (value - self.low) / (self.high - self.low), 2)
+
+    def from_top(self, value: float) -> float:
+        """Where a value lies, in per cent of the plot's height; SVG counts it downwards."""
+        return round(100 * (self.high - value) / (self.high - self.low), 2)
+
+
+class Line(NamedTuple):
+    """A line of a chart: how it looks, and what is said of it above."""
+
+    kind: str  # "step", "train" or "val", the style of templates/base.html
+    label: str  # empty for none
+    last: str
+    points: str  # as SVG takes them, in per cent
+    alone: bool  # a single point, which is drawn thick
+
+
+class Chart(NamedTuple):
+    """Lines over the same axes."""
+
+    heading: str
+    x_ticks: list[Tick]
+    y_ticks: list[Tick]
+    lines: list[Line]
+
+
+class Point(NamedTuple):
+    """A run in the plot of all runs."""
+
+    run: str
+    page: str  # where its link leads
+    x: float  # per cent from the left
+    y: float  # per cent from the top
+    accuracy: str
+    minutes: str
+    kind: str  # "usual", or "other" where it does not compare
+    side: str  # where its name stands: "left", "right", or empty where there is no room
+
+
+class Plot(NamedTuple):
+    """All runs by minutes and accuracy."""
+
+    x_ticks: list[Tick]
+    y_ticks: list[Tick]
+    points: list[Point]
+
+
+def _shown(value: Any) -> Any:
+    """What a template writes for a value: on one line, broken bytes as escapes, None as nothing."""
+    if isinstance(value, Markup | int | float):  # only a template's own macros are Markup
+        return value
+    return "" if value in (None, "") else printable(value)
+
+
+TEMPLATES = Environment(
+    loader=FileSystemLoader(Path(__file__).parent / "templates"),
+    autoescape=True,
+    undefined=StrictUndefined,
+    finalize=_shown,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
 
 
 def write(run_dir: Path, content: Row) -> None:
     """Writes run_dir/index.html with the pictures there; it loads itself again while the run lives.
 
-    `content` is what config.json holds (`name` and `command` must be there), `status` ("running",
-    "stopped" or "finished"), `updated` (Unix time) and, where known, `note` (such as how to go on),
-    `history` (rows of history.csv), `steps` ((step, loss, lr), some hundreds at most), `step`,
-    `num_steps`, `seconds`, `seconds_left` and `report` (what test.json holds).
+    Args:
+        run_dir: the run's folder.
+        content: what config.json holds (`name` and `command` must be there), `status` ("running",
+            "stopped" or "finished"), `updated` (Unix time) and, where known, `note` (such as how to
+            go on), `history` (rows of history.csv), `steps` ((step, loss, lr), some hundreds at
+            most), `step`, `num_steps`, `seconds`, `seconds_left` and `report` (what test.json
+            holds).
     """
-    get, report, live = content.get, content.get("report") or {}, content["status"] == "running"
-    history, steps = get("history") or [], get("steps") or []
-    last, done = [{}, *history][-1], (get("step") or 0) / (get("num_steps") or 1)
-    body = f"""<p><a href="../index.html">All runs</a></p>
-<h1>{_text(content["name"])} <b>{_text(content["status"])}</b></h1>
-<pre>{_text(content["command"])}</pre>
-<p class="dim">Settings that differ from the recipe: {_text(get("changed")) or "none"}</p>
-<p id="news">{_text(get("note"))}</p>{"" if report else f'<progress value="{done}"></progress>'}"""
-    tiles = {
-        "test accuracy (%)": _fixed(report.get("top1"), 100),
-        f"with TTA, {report.get('tta')} (%)": _fixed(report.get("top1_tta"), 100),
-        "validation accuracy (%)": _fixed(last.get("val_accuracy"), 100),
-        "training accuracy (%)": _fixed(last.get("train_accuracy"), 100),
-        "training loss": _fixed(steps[-1][1]) if steps and not report else "",
-        "minutes of training": minutes(get("seconds") or get("train_seconds") or 0),
-        "minutes left": minutes(get("seconds_left") or 0) if live else "",
-    }
-    cells = (f"<div><b>{v}</b><span>{_text(k)}</span></div>" for k, v in tiles.items() if v)
-    body += f'<div class="tiles">{"".join(cells)}</div>{_curves(history, steps)}'
-    if scores := report.get("by_class"):
-        keys, scores = ("recall", "precision", "f1"), {**scores, "mean": report.get("macro") or {}}
-        rows = [(_text(k), *(_fixed(v.get(key), 100) for key in keys)) for k, v in scores.items()]
-        body += f"<h2>By class</h2>{_table('class,accuracy (recall) %,precision %,F1 %', rows)}"
-    there = {name: text for name, text in PICTURES.items() if (run_dir / name).exists()}
-    body += "".join(f'<h2>{v}</h2><img src="{k}" alt="{v}">' for k, v in there.items())
-    facts = {**(get("environment") or {}), **{key: get(key) for key in FACTS.split()}}
-    pairs = (f"<dt>{_text(k)}</dt><dd>{_text(v)}</dd>" for k, v in facts.items() if v)
-    body += f"<h2>How it was made</h2><dl>{''.join(pairs)}</dl>"
-    _save(run_dir, content["name"], body, content["updated"] if live else 0)
+    report = content.get("report") or {}
+    history = content.get("history") or []
+    steps = content.get("steps") or []
+    share_done = None
+    if not report:
+        share_done = (content.get("step") or 0) / (content.get("num_steps") or 1)
+    facts = dict(content.get("environment") or {})
+    for name in FACTS:
+        facts[name] = content.get(name)
+    running = content["status"] == "running"
+    _save(
+        run_dir,
+        "run.html",
+        title=content["name"],
+        updated=round(content["updated"]) if running else 0,
+        status=content["status"],
+        command=content["command"],
+        changed=_text(content.get("changed")),
+        note=content.get("note"),
+        share_done=share_done,
+        tiles=_tiles(content, report, history, steps),
+        charts=_charts(history, steps),
+        scores=_scores(report),
+        pictures={file: text for file, text in PICTURES.items() if (run_dir / file).exists()},
+        not_calibrated=bool(report) and report.get("temperature") is None,
+        min_calibration=metrics.MIN_CALIBRATION,
+        facts={name: _text(value) for name, value in facts.items() if value},
+    )
 
 
 def write_index(results_dir: Path, rows: Sequence[Row]) -> None:
     """Writes results_dir/index.html: rows of `tables.comparison_rows` as a plot and a table."""
-    rows = [{**row, "page": f"{quote(os.fsencode(row['run']))}/index.html"} for row in rows]
-    body = "<h1>All runs</h1>"
-    if timed := [row for row in rows if row["seconds"]]:
+    timed = [row for row in rows if row["seconds"]]
+    plot = None
+    usual = None
+    if timed:
         usual = statistics.mode(row["hardware"] for row in timed)
-        points = [(math.log10(row["seconds"] / 60), 100 * row["top1"]) for row in timed]
-        times = (m * 10.0**n for n in range(-3, 6) for m in (1, 2, 5))
-        marks, place = _grid(points, {math.log10(time): time for time in times})
-        places = [place(*point) for point in points]
-        taken = [(x - 1, x + 1, y) for x, y in places]
-        for row, (x, y) in zip(timed, places, strict=True):  # the best first
-            name, mark = _text(row["run"]), f'<circle cx="{x:.1f}%" cy="{y:.1f}%" r="5"/>'
-            end = x + 2 + 0.75 * len(name)  # in per cent of a wide screen
-            sides = (x + 1, end, 'dx="9"'), (2 * x - end, x - 1, 'class="y" dx="-9"')
-            for left, right, look in sides:
-                clear = (abs(y - c) > 4 or left >= b or right <= a for a, b, c in taken)
-                if right < 104 and all(clear):
-                    taken.append((left, right, y))
-                    mark += f'<text x="{x:.1f}%" y="{y:.1f}%" dy="4" {look}>{name}</text>'
-                    break
-            like = "usual" if row["hardware"] == usual and row.get("limit") is None else "other"
-            marks += f'<a class="{like}" href="{row["page"]}"><title>{name}</title>{mark}</a>'
-        body += f"""<p class="dim">Test accuracy (%) by minutes of training. Hollow: part of the
-data, or other hardware than {_text(usual)}.</p><svg class="plot tall">{marks}</svg>"""
-    cells = [
-        (
-            f'<a href="{row["page"]}">{_text(row["run"])}</a>',
-            *(_text(row[key]) for key in ("network", "recipe", "weights", "epochs")),
-            *(_fixed(row["top1"], 100), _fixed(row["top1_tta"], 100)),
-            _fixed(row["seconds"], 1 / 60),
-            *(_text(row.get(key)) for key in ("limit", "hardware", "seed")),
-        )
+        plot = _plot(timed, usual)
+    lines = [
+        {
+            **row,
+            "page": _page(row),
+            "top1": _fixed(row["top1"], 100),
+            "top1_tta": _fixed(row["top1_tta"], 100),
+            "minutes": _fixed(row["seconds"], 1 / 60),
+        }
         for row in rows
     ]
-    _save(results_dir, "All runs", body + _table(COLUMNS, cells), 0)
+    _save(
+        results_dir,
+        "index.html",
+        title="All runs",
+        updated=0,
+        plot=plot,
+        hardware=usual,
+        rows=lines,
+    )
 
 
-def _curves(history: Sequence[Row], steps: Sequence[Sequence[float]]) -> str:
-    """Loss, accuracy and learning rate: by step until the first epoch has ended."""
-
-    def number(value: Any) -> float:
-        return math.nan if value in (None, "") else float(value)
-
-    def column(name: str, factor: float = 1.0) -> Points:
-        return [(share * number(row["step"]), factor * number(row.get(name))) for row in history]
-
-    share = number(history[-1]["epoch"]) / number(history[-1]["step"]) if history else 1.0
-    losses, rates = ([(share * number(s[0]), number(s[i])) for s in steps] for i in (1, 2))
-    charts = {
-        "Loss (nats)": {"step": losses, "train": column("train_loss"), "val": column("val_loss")},
-        "Accuracy (%)": {k: column(f"{k}_accuracy", 100) for k in ("train", "val")},
-        "Learning rate": {"train": rates or column("lr")},
+def _tiles(
+    content: Row, report: Row, history: Sequence[Row], steps: Sequence[Sequence[float]]
+) -> dict[str, str]:
+    """The large numbers of a run, by their names; without those that are not known."""
+    last = history[-1] if history else {}
+    of = f" of {report['n']:,} images" if report.get("n") else ""
+    tiles = {
+        f"test accuracy (%){of}": _fixed(report.get("top1"), 100),
+        f"with TTA, {report.get('tta')} (%)": _fixed(report.get("top1_tta"), 100),
+        "validation accuracy (%)": _fixed(last.get("val_accuracy"), 100),
+        "training accuracy (%)": _fixed(last.get("train_accuracy"), 100),
     }
-    body, unit = "", "epoch" if history else "step"
-    for heading, lines in charts.items():
-        lines = {k: [p for p in line if all(abs(v) < 1e12 for v in p)] for k, line in lines.items()}
-        if not (lines := {kind: line for kind, line in lines.items() if line}):
-            continue  # no finite number
-        (marks, place), key = _grid([point for line in lines.values() for point in line]), ""
-        for kind, line in lines.items():
-            places = (place(*point) for point in (*line, line[-1]))  # twice: one alone is unseen
-            path = " ".join(f"{x:.2f},{y:.2f}" for x, y in places)
-            alone = " alone" * (len(line) == 1)
-            marks += f'<svg class="{kind}{alone}" viewBox="0 0 100 100" preserveAspectRatio="none">'
-            marks += f'<polyline points="{path}"/></svg>'
-            if kind != "step" or len(lines) == 1:
-                key += f'<span class="{kind}">{KINDS[kind]} <b>{line[-1][1]:.3g}</b></span>'
-        body += f'<div><h3>{heading} by {unit}</h3><p class="key">{key}</p>'
-        body += f'<svg class="plot">{marks}</svg></div>'
-    return f"""<h2>Learning curves</h2><p class="dim">Training: augmented images, weights still
-moving, label smoothing in the loss. Validation: images as they are, weights at the epoch's end.</p>
-<div class="charts">{body}</div>"""
+    if steps and not report:
+        tiles["training loss"] = _fixed(steps[-1][1])
+    seconds = content.get("seconds") or content.get("train_seconds") or 0
+    tiles["minutes of training"] = minutes(seconds)
+    if content["status"] == "running":
+        tiles["minutes left"] = minutes(content.get("seconds_left") or 0)
+    return {name: value for name, value in tiles.items() if value}
 
 
-def _grid(points: Points, names: Mapping[float, float] | None = None) -> tuple[str, Place]:
-    """A grid that spans the points, with `names` below it, and what maps numbers to per cent."""
-    (left, right, x_ticks), (low, high, y_ticks) = map(_axis, zip(*points, strict=True))
+def _scores(report: Row) -> list[dict[str, Any]]:
+    """Rows of the table of classes, the mean last; none where the report has no such scores."""
+    by_class = report.get("by_class")
+    if not by_class:
+        return []
+    rows = {**by_class, "mean": report.get("macro") or {}}
+    return [
+        {
+            "name": name,
+            "images": scores.get("images"),
+            "recall": _fixed(scores.get("recall"), 100),
+            "precision": _fixed(scores.get("precision"), 100),
+            "f1": _fixed(scores.get("f1"), 100),
+        }
+        for name, scores in rows.items()
+    ]
 
-    def place(x: float, y: float) -> tuple[float, float]:
-        return 100 * (x - left) / (right - left), 100 * (high - y) / (high - low)
 
-    grid = ""
-    for tick in y_ticks:
-        y = f'{place(left, tick)[1]:.2f}%"'
-        grid += f'<line x2="100%" y1="{y} y2="{y}/>'
-        grid += f'<text class="y" x="-8" y="{y} dy="4">{tick:.4g}</text>'
-    for tick, name in (names or {tick: tick for tick in x_ticks}).items():
-        if left <= tick <= right:
-            x = f"{place(tick, low)[0]:.2f}%"
-            grid += f'<text class="x" x="{x}" y="100%" dy="18">{name:.4g}</text>'
-    return grid, place
+def _charts(history: Sequence[Row], steps: Sequence[Sequence[float]]) -> list[Chart]:
+    """Loss, accuracy and learning rate: by epoch, by step until the first epoch has ended."""
+    epochs_per_step = 1.0
+    unit = "step"
+    if history:
+        epochs_per_step = _number(history[-1]["epoch"]) / _number(history[-1]["step"])
+        unit = "epoch"
+
+    def column(name: str, scale: float = 1.0) -> Points:
+        return [
+            (epochs_per_step * _number(row["step"]), scale * _number(row.get(name)))
+            for row in history
+        ]
+
+    losses = [(epochs_per_step * step, _number(loss)) for step, loss, _ in steps]
+    rates = [(epochs_per_step * step, _number(rate)) for step, _, rate in steps]
+    charts = [
+        _chart(
+            f"Loss (nats) by {unit}",
+            {"step": losses, "train": column("train_loss"), "val": column("val_loss")},
+        ),
+        _chart(
+            f"Accuracy (%) by {unit}",
+            {"train": column("train_accuracy", 100), "val": column("val_accuracy", 100)},
+        ),
+        _chart(f"Learning rate by {unit}", {"train": rates or column("lr")}),
+    ]
+    return [chart for chart in charts if chart.lines]
 
 
-def _axis(values: Sequence[float]) -> tuple[float, float, list[float]]:
-    """A range with a margin, and two to six round numbers in it."""
-    low, high = min(values), max(values)
-    margin = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
-    low, high = low - margin, high + margin
+def _chart(heading: str, lines: dict[str, Points]) -> Chart:
+    """A chart of the lines that have a finite number; of none, it has no lines."""
+    finite = {}
+    for kind, line in lines.items():
+        points = [(x, y) for x, y in line if abs(x) < LARGEST_DRAWN and abs(y) < LARGEST_DRAWN]
+        if points:
+            finite[kind] = points
+    if not finite:
+        return Chart(heading, [], [], [])
+    x_axis = _linear_axis([x for line in finite.values() for x, _ in line])
+    y_axis = _linear_axis([y for line in finite.values() for _, y in line])
+    labels = {"step": "each step", "train": "training", "val": "validation"}
+    if len(finite) > 1:
+        labels["step"] = ""  # the mean over the epoch says it
+    drawn = []
+    for kind, line in finite.items():
+        twice = line + line[-1:]  # a line of one point is not drawn
+        places = [f"{x_axis.from_left(x)},{y_axis.from_top(y)}" for x, y in twice]
+        last = f"{line[-1][1]:.3g}"
+        drawn.append(Line(kind, labels[kind], last, " ".join(places), alone=len(line) == 1))
+    return Chart(heading, _x_ticks(x_axis), _y_ticks(y_axis), drawn)
+
+
+def _plot(rows: Sequence[Row], usual: str | None) -> Plot:
+    """Runs by minutes and accuracy, best first, hollow where they do not compare.
+
+    Accuracy stands on a logarithmic scale of errors: on a linear one a single weak run would press
+    all others into a line.
+    """
+    x_axis = _log_axis([row["seconds"] / 60 for row in rows], lambda minutes: f"{minutes:g}")
+    errors = [max(100 - 100 * row["top1"], MIN_ERROR) for row in rows]
+    down = _log_axis(errors, lambda error: f"{100 - error:.4g}" if error <= 100 else "")
+    places = []
+    for row, error in zip(rows, errors, strict=True):
+        x = x_axis.from_left(math.log10(row["seconds"] / 60))
+        places.append((x, down.from_left(math.log10(error))))  # few errors at the top
+    taken = [(x - 1, x + 1, y) for x, y in places]  # left, right and height of what is drawn
+    points = []
+    for row, (x, y) in zip(rows, places, strict=True):
+        run = printable(row["run"])
+        side = _side(run, x, y, taken)
+        compares = row["hardware"] == usual and row.get("limit") is None
+        points.append(
+            Point(
+                run=run,
+                page=_page(row),
+                x=x,
+                y=y,
+                accuracy=_fixed(row["top1"], 100),
+                minutes=_fixed(row["seconds"], 1 / 60),
+                kind="usual" if compares else "other",
+                side=side,
+            )
+        )
+    y_ticks = [Tick(down.from_left(value), name) for value, name in down.ticks.items()]
+    return Plot(_x_ticks(x_axis), y_ticks, points)
+
+
+def _side(name: str, x: float, y: float, taken: list[tuple[float, float, float]]) -> str:
+    """The side of a point on which its name covers nothing, which it then takes; else empty."""
+    width = 2 + 0.8 * len(name)  # per cent of a screen of 900 pixels
+    for side, left, right in (("right", x + 1, x + width), ("left", x - width, x - 1)):
+        clear = all(abs(y - c) > 4 or left >= b or right <= a for a, b, c in taken)
+        if clear and right < 104:
+            taken.append((left, right, y))
+            return side
+    return ""
+
+
+def _linear_axis(values: Sequence[float]) -> Axis:
+    """A range with a margin around the values, and two to six round numbers in it."""
+    low = min(values)
+    high = max(values)
+    if high > low:
+        margin = 0.06 * (high - low)
+    elif high != 0:
+        margin = 0.1 * abs(high)
+    else:
+        margin = 1.0
+    low -= margin
+    high += margin
     step = 10.0 ** math.floor(math.log10((high - low) / 3))
     step *= next(factor for factor in (1, 2, 5, 10) if high - low <= 5 * factor * step)
-    return low, high, [step * n for n in range(math.ceil(low / step), math.floor(high / step) + 1)]
+    ticks = [step * n for n in range(math.ceil(low / step), math.floor(high / step) + 1)]
+    return Axis(low, high, {tick: f"{tick:.4g}" for tick in ticks})
 
 
-def _table(heads: str, rows: Iterable[Sequence[str]]) -> str:
-    head = "".join(f"<th><button>{name}</button></th>" for name in heads.split(","))
-    lines = "".join(f"<tr><td>{'</td><td>'.join(row)}</td></tr>" for row in rows)
-    return f"""<div class="scroll"><table><thead><tr>{head}</tr></thead>
-<tbody>{lines}</tbody></table></div>"""
+def _log_axis(values: Sequence[float], name: Callable[[float], str]) -> Axis:
+    """A range of decimal logarithms, a factor of four at least, with 1, 2, 5, 10 and so on in it.
+
+    Args:
+        values: what is shown, above 0.
+        name: what stands at a value; where it is empty, nothing does.
+    """
+    logs = [math.log10(value) for value in values]
+    middle = (min(logs) + max(logs)) / 2
+    half = max(0.56 * (max(logs) - min(logs)), math.log10(2))
+    low = middle - half
+    high = middle + half
+    ticks = {}
+    for decade in range(math.floor(low), math.ceil(high)):
+        for factor in (1, 2, 5):
+            value = factor * 10.0**decade
+            if low <= math.log10(value) <= high and name(value):
+                ticks[math.log10(value)] = name(value)
+    return Axis(low, high, ticks)
+
+
+def _x_ticks(axis: Axis) -> list[Tick]:
+    return [Tick(axis.from_left(value), name) for value, name in axis.ticks.items()]
+
+
+def _y_ticks(axis: Axis) -> list[Tick]:
+    return [Tick(axis.from_top(value), name) for value, name in axis.ticks.items()]
+
+
+def _page(row: Row) -> str:
+    """Where a run's page lies, as a link: by its bytes on disk, which need not be text."""
+    return f"{quote(os.fsencode(row['run']))}/index.html"
 
 
 def _text(value: Any) -> str:
-    """A value from outside as HTML; a dict as "key value, key value"."""
+    """A setting or fact as text; a dict as "key value, key value"."""
     if isinstance(value, Mapping):
-        return ", ".join(f"{_text(key)} {_text(item)}" for key, item in value.items())
-    return "" if value is None else escape(printable(value))
+        return ", ".join(f"{key} {_text(item)}" for key, item in value.items())
+    return "" if value is None else str(value)
+
+
+def _number(value: Any) -> float:
+    """A number that may be absent, or text as in history.csv."""
+    return math.nan if value in (None, "") else float(value)
 
 
 def _fixed(value: Any, scale: float = 1.0) -> str:
     return "" if value in (None, "") else f"{scale * float(value):.2f}"
 
 
-def _save(folder: Path, title: str, body: str, updated: float) -> None:
-    page = TEMPLATE.substitute(title=_text(title), body=body, updated=f"{updated:.0f}")
+def _save(folder: Path, template: str, **values: Any) -> None:
+    page = TEMPLATES.get_template(template).render(values)
     write_atomically(folder / "index.html", page)

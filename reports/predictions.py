@@ -108,7 +108,7 @@ def classify(
         if figure and len(shown) < MOST_DRAWN:
             shown.append((name, pictures.load(file, 224), seen, likely))
     if shown:
-        figures.predictions(shown, figure, saved["name"])
+        figures.predictions(shown, figure, saved["name"], calibrated=temperature is not None)
         print(f"drawn in {printable(figure)}: {len(shown)} of {len(files)}")
     if num_unreadable:
         raise UnusableInput(

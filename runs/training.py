@@ -25,7 +25,6 @@ from runtime import launch, processes, signals
 from runtime.device import now, rng_state, set_rng_state
 from storage import checkpoint
 
-Row = dict[str, Any]
 LOOK_EVERY = 20  # steps; reading a number waits for a GPU, so that there it is done now and then
 
 
@@ -101,7 +100,7 @@ class Training:
         self.save_every = save_every
         self.precision = described["precision"]
 
-        self.rows: list[Row] = []
+        self.rows: list[history.Row] = []
         self.progress = Progress()
         self.kept_place = ""  # of the newest state on the disk, in words
         self.stopwatch = Stopwatch(run.device, total=seconds_before)
@@ -190,17 +189,17 @@ class Training:
                 raise FloatingPointError(f"validation loss not finite after epoch {at.epoch}")
         self.stopwatch.count(training=False)
         self.rows.append(
-            {
-                "epoch": at.epoch,
-                "step": at.epoch * self.batches.num_steps,
-                "lr": at.lr,
-                "train_loss": loss / images,
-                "train_accuracy": correct / images,
-                "val_loss": val_loss,
-                "val_accuracy": val_accuracy,
-                "images_per_second": images / self.stopwatch.epoch,
-                "seconds": self.stopwatch.total,
-            }
+            history.Row(
+                epoch=at.epoch,
+                step=at.epoch * self.batches.num_steps,
+                lr=at.lr,
+                train_loss=loss / images,
+                train_accuracy=correct / images,
+                val_loss=val_loss,
+                val_accuracy=val_accuracy,
+                images_per_second=images / self.stopwatch.epoch,
+                seconds=self.stopwatch.total,
+            )
         )
         self._write_history()
         self.stopwatch.epoch = 0.0

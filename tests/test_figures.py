@@ -6,6 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fontTools.fontBuilder import FontBuilder
+from fontTools.pens.ttGlyphPen import TTGlyphPen
+from matplotlib import font_manager
 from PIL import Image
 
 from reports import figures
@@ -16,6 +19,7 @@ LABELS = torch.arange(60) % 10
 LOGITS = 3 * torch.eye(10)[LABELS] + 2 * torch.randn(
     60, 10, generator=torch.Generator().manual_seed(0)
 )
+CUNEIFORM = "\U00012000"  # a script that few systems have a font of; matplotlib's has none
 IMAGES = np.random.default_rng(0).integers(0, 256, (60, 32, 32, 3), np.uint8)
 EPOCH = {
     "epoch": 1,
@@ -172,6 +176,71 @@ def test_calibration_draws_a_curve_per_variant(tmp_path, temperature, n):
     array = pixels(tmp_path / "cal.png")
     assert shows(array, figures.ORANGE)
     assert shows(array, figures.BLUE) == (temperature is not None)
+
+
+@pytest.fixture
+def fonts(monkeypatch):
+    """The system's font files, none but those that the test puts there."""
+    files = []
+    monkeypatch.setattr(font_manager, "findSystemFonts", lambda: files)
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", [*font_manager.fontManager.ttflist])
+    monkeypatch.setattr(figures, "_boxes_said", [])
+    figures._other_fonts.cache_clear()
+    yield files
+    figures._other_fonts.cache_clear()
+
+
+def write_font(path, character):
+    """A font whose only glyph, 10 em wide, is a black rectangle."""
+    pen = TTGlyphPen(None)
+    pen.moveTo((0, 0))
+    for corner in ((0, 800), (9000, 800), (9000, 0)):
+        pen.lineTo(corner)
+    pen.closePath()
+    font = FontBuilder(1000, isTTF=True)
+    font.setupGlyphOrder([".notdef", "block"])
+    font.setupCharacterMap({ord(character): "block"})
+    font.setupGlyf({".notdef": TTGlyphPen(None).glyph(), "block": pen.glyph()})
+    font.setupHorizontalMetrics({".notdef": (1000, 0), "block": (10000, 0)})
+    font.setupHorizontalHeader(ascent=800, descent=-200)
+    font.setupNameTable({"familyName": "Blocks", "styleName": "Regular"})
+    font.setupOS2(usWeightClass=400)
+    font.setupPost()
+    font.save(path)
+
+
+def test_a_class_name_that_matplotlibs_font_lacks_is_drawn_in_an_installed_font(
+    tmp_path, capsys, fonts
+):
+    matrix = torch.eye(2, dtype=torch.int64)
+    classes = ["cat", CUNEIFORM]
+    figures.confusion_matrix(matrix, classes, tmp_path / "box.png", "a run")
+    figures.confusion_matrix(matrix, classes[::-1], tmp_path / "again.png", "a run")
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1  # said once
+    assert CUNEIFORM in lines[0]
+
+    (tmp_path / "damaged.ttf").write_bytes(b"no font")
+    write_font(tmp_path / "Blocks.ttf", CUNEIFORM)
+    fonts += [str(tmp_path / "damaged.ttf"), str(tmp_path / "Blocks.ttf")]
+    figures._other_fonts.cache_clear()  # as in another process
+    figures.confusion_matrix(matrix, classes, tmp_path / "glyph.png", "a run")
+    black = [count(pixels(tmp_path / f"{name}.png"), "#000000") for name in ("box", "glyph")]
+    assert black[1] > black[0] + 500
+    assert capsys.readouterr().err == ""
+
+
+def test_probabilities_that_are_not_calibrated_say_so(tmp_path):
+    wrong = 0.9 * torch.eye(10)[LABELS[:2]].roll(1, 1) + 0.01
+    rows = [("a.png", IMAGES[0], IMAGES[1], [("cat", 0.9)])]
+    for calibrated in (True, False):
+        path = tmp_path / f"mistakes-{calibrated}.png"
+        figures.mistakes(IMAGES[:2], LABELS[:2], wrong, CLASSES, path, "a run", calibrated)
+        path = tmp_path / f"predictions-{calibrated}.png"
+        figures.predictions(rows, path, "a run", calibrated)
+    for name in ("mistakes", "predictions"):
+        said = (tmp_path / f"{name}-False.png").read_bytes()
+        assert said != (tmp_path / f"{name}-True.png").read_bytes()
 
 
 @pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "none such"])

@@ -24,13 +24,11 @@ def test_metrics_equal_hand_computed_values():
     assert metrics.top1(LOGITS, LABELS) == 0.5
     assert metrics.confusion_matrix(LOGITS, LABELS).tolist() == [[1, 1, 0], [0, 1, 1], [0, 0, 0]]
     scores = metrics.class_scores(metrics.confusion_matrix(LOGITS, LABELS))
-    assert {name: values.dtype for name, values in scores.items()} == dict.fromkeys(
-        ("precision", "recall", "f1"), torch.float64
-    )
+    assert {values.dtype for values in scores.values()} == {torch.float64}
     # Class 0 is hit once in one prediction, class 1 once in two; class 2 is predicted in vain.
-    expected = {"precision": [1, 0.5, 0], "recall": [0.5, 0.5, math.nan], "f1": [2 / 3, 0.5, 0]}
+    expected = {"precision": [1, 0.5, 0], "recall": [0.5, 0.5, 0], "f1": [2 / 3, 0.5, 0]}
     for name, values in expected.items():
-        assert scores[name].tolist() == pytest.approx(values, nan_ok=True)
+        assert scores[name].tolist() == pytest.approx(values)
     e = math.e
     losses = math.log(e**2 + 2) - 2, math.log(e + 2) - 1, math.log(e**3 + 2), math.log(e + 2)
     loss = metrics.summarize(LOGITS, LABELS, None, classes="abc")["loss"]
@@ -95,10 +93,17 @@ def test_temperature_is_a_minimum_within_its_range(scale):
 
 
 def test_no_temperature_fits_where_all_are_right_or_all_wrong():
-    logits, labels = two_class(0.9, num_correct=10, n=10)
+    n = metrics.MIN_CALIBRATION
+    logits, labels = two_class(0.9, num_correct=n, n=n)
     assert metrics.fit_temperature(logits, labels) is None
-    assert metrics.fit_temperature(*overconfident(500.0, n=200)) is None
+    assert metrics.fit_temperature(*overconfident(500.0, n=n)) is None
     assert metrics.fit_temperature(logits, 1 - labels) is None
+
+
+def test_few_validation_images_give_no_temperature():
+    logits, labels = overconfident(2.0, n=metrics.MIN_CALIBRATION)
+    assert metrics.fit_temperature(logits, labels) is not None
+    assert metrics.fit_temperature(logits[1:], labels[1:]) is None
 
 
 def test_summary_is_strict_json_and_says_none_for_what_is_missing():
@@ -106,8 +111,8 @@ def test_summary_is_strict_json_and_says_none_for_what_is_missing():
     assert json.loads(json.dumps(summary, allow_nan=False)) == summary
     assert summary["n"] == 4
     assert summary["per_class"] == {"a": 0.5, "b": 0.5, "c": None}
-    assert summary["by_class"]["c"] == {"precision": 0, "recall": None, "f1": 0}
-    assert summary["macro"] == pytest.approx({"precision": 0.5, "recall": 0.5, "f1": 7 / 18})
+    assert summary["by_class"]["c"] == {"images": 0, "precision": 0, "recall": 0, "f1": 0}
+    assert summary["macro"] == pytest.approx({"precision": 0.5, "recall": 1 / 3, "f1": 7 / 18})
     assert summary["top1_tta"] is summary["temperature"] is summary["ece_calibrated"] is None
 
     logits, labels = overconfident(3.0)
@@ -118,10 +123,34 @@ def test_summary_is_strict_json_and_says_none_for_what_is_missing():
     assert summary["ece_calibrated"] < 0.05 < summary["ece"]
 
 
-def test_a_class_that_is_neither_there_nor_predicted_has_no_scores_and_no_part_in_the_mean():
-    scores = metrics.summarize(LOGITS[:2], LABELS[:2], None, classes=("a", "b", "c"))
-    assert scores["by_class"]["c"] == dict.fromkeys(("precision", "recall", "f1"))
-    assert scores["macro"] == {"precision": 1, "recall": 1, "f1": 1}
+@pytest.mark.parametrize(
+    ("matrix", "expected"),
+    [
+        # What sklearn.metrics.precision_recall_fscore_support(..., average="macro") says of them.
+        ([[90, 0], [10, 0]], (0.45, 0.5, 9 / 19)),  # b is never predicted
+        ([[2, 1], [0, 0]], (0.5, 1 / 3, 0.4)),  # b has no image but is predicted
+        ([[3, 1, 0], [1, 5, 0], [0, 0, 0]], (19 / 24, 19 / 24, 19 / 24)),  # c is neither: left out
+    ],
+    ids=["never predicted", "no image", "neither"],
+)
+def test_macro_averages_are_those_of_scikit_learn(matrix, expected):
+    pairs = [
+        (true, predicted)
+        for true, row in enumerate(matrix)
+        for predicted, count in enumerate(row)
+        for _ in range(count)
+    ]
+    labels = torch.tensor([true for true, _ in pairs])
+    logits = F.one_hot(torch.tensor([predicted for _, predicted in pairs]), len(matrix)).double()
+    summary = metrics.summarize(logits, labels, None, classes="abc"[: len(matrix)])
+    assert tuple(summary["macro"].values()) == pytest.approx(expected)
+    if len(matrix) == 3:
+        assert summary["by_class"]["c"] == {
+            "images": 0,
+            "precision": None,
+            "recall": None,
+            "f1": None,
+        }
 
 
 @pytest.mark.parametrize(
@@ -129,7 +158,7 @@ def test_a_class_that_is_neither_there_nor_predicted_has_no_scores_and_no_part_i
     [
         (LOGITS, LABELS[:3], ValueError, "labels"),
         (LOGITS[:0], LABELS[:0], ValueError, "at least 1"),
-        (LOGITS[:, :2], LABELS, ValueError, "argument"),
+        (LOGITS[:, :2], LABELS, ValueError, "3 names for 2 classes"),
         (LOGITS * float("nan"), LABELS, UnusableInput, "12 .* diverged"),
     ],
     ids=["shapes", "empty", "too few classes", "nan"],

@@ -11,8 +11,13 @@ VOID = {"meta", "img", "line", "circle", "polyline"}
 ROW = {"epoch": 1, "step": 10, "lr": 0.1, "train_loss": 1.5, "train_accuracy": 0.4}
 VALIDATED = ROW | {"val_loss": 1.2, "val_accuracy": 0.5}
 SCORES = {"precision": 0.5, "recall": None, "f1": 0.0}
-REPORT = {"top1": 0.9387, "top1_tta": None, "tta": "none"} | {
-    "by_class": {"cat": SCORES, EVIL: SCORES},
+REPORT = {
+    "n": 60,
+    "top1": 0.9387,
+    "top1_tta": None,
+    "tta": "none",
+    "temperature": 1.5,
+    "by_class": {"cat": {"images": 7, **SCORES}, EVIL: SCORES},
     "macro": SCORES,
 }
 CONTENT = {
@@ -24,9 +29,20 @@ CONTENT = {
     "num_steps": 30,
 }
 RUN = {
-    **{"run": "a_run", "network": "custom_cnn", "recipe": "modern", "weights": "none"},
-    **{"epochs": 3, "top1": 0.9, "top1_tta": 0.91, "parameters": 10, "seconds": 90.0},
-    **{"hardware": "2 cores", "seed": 0, "date": "2025-01-01", "limit": None},
+    "run": "a_run",
+    "network": "custom_cnn",
+    "recipe": "modern",
+    "weights": "none",
+    "epochs": 3,
+    "top1": 0.9,
+    "top1_tta": 0.91,
+    "num_test": 10_000,
+    "parameters": 10,
+    "seconds": 90.0,
+    "hardware": "2 cores",
+    "seed": 0,
+    "date": "2025-01-01",
+    "limit": None,
 }
 
 
@@ -155,17 +171,39 @@ def test_a_page_without_any_number_is_still_a_page(tmp_path):
 
 
 def test_the_end_shows_accuracies_scores_by_class_and_what_the_result_depends_on(tmp_path):
-    facts = {"environment": {"hardware": "2 cores", "processes": 2}, "revision": "abc1234"}
-    facts |= {"start_weights": {"name": "IMAGENET1K_V1"}, "config": {"lr": 0.1}}
+    facts = {
+        "environment": {"hardware": "2 cores", "processes": 2},
+        "revision": "abc1234",
+        "start_weights": {"name": "IMAGENET1K_V1"},
+        "config": {"lr": 0.1},
+    }
     report = REPORT | {"top1_tta": 0.9477, "tta": "crops"}
     end = written(tmp_path, status="finished", report=report, train_seconds=2694.0, **facts)
+    assert "test accuracy (%) of 60 images" in end.texts
     assert {"93.87", "94.77", "with TTA, crops (%)", "44:54", "2 cores", "2"} <= set(end.texts)
     assert {"abc1234", "name IMAGENET1K_V1", "lr 0.1", "processes"} <= set(end.texts)
     rows = end.source.split("<tbody>")[1].split("<tr>")[1:]
-    assert "<td>cat</td><td></td><td>50.00</td><td>0.00</td>" in rows[0]
+    assert "<td>cat</td><td></td><td>50.00</td><td>0.00</td><td>7</td>" in rows[0]
     assert rows[-1].startswith("<td>mean</td>")
     assert not end.all("progress")
     assert written(tmp_path).all("progress") == [{"value": "0.5"}]
+
+
+@pytest.mark.parametrize(("temperature", "said"), [(None, True), (1.5, False)])
+def test_a_network_without_a_temperature_is_said_not_to_be_calibrated(tmp_path, temperature, said):
+    (tmp_path / "calibration.png").write_bytes(b"PNG")
+    page = written(tmp_path, report=REPORT | {"temperature": temperature})
+    assert any("Not calibrated" in text for text in page.texts) == said
+
+
+def test_the_index_spreads_out_good_runs_beside_a_weak_one(tmp_path):
+    accuracies = {"best": 0.96, "good": 0.92, "weak": 0.60, "perfect": 1.0}
+    runs = [RUN | {"run": run, "top1": top1} for run, top1 in accuracies.items()]
+    pages.write_index(tmp_path, runs)
+    circles = Reader(tmp_path / "index.html").all("circle")
+    best, good, weak, perfect = (float(circle["cy"].rstrip("%")) for circle in circles)
+    assert 0 < perfect < best < good < weak < 100
+    assert good - best > 10  # per cent of the plot's height
 
 
 def test_the_index_has_a_point_and_a_row_for_each_run_and_marks_what_does_not_compare(tmp_path):
@@ -176,7 +214,7 @@ def test_the_index_has_a_point_and_a_row_for_each_run_and_marks_what_does_not_co
     assert classes == ["usual", "other", "other", "usual"]
     assert len(index.all("circle")) == 4
     assert len(index.all("tr")) == 5
-    assert len(index.all("button")) == len(index.all("th")) == index.source.count("<td>") / 4
+    assert len(index.all("button")) == len(index.all("th")) == index.source.count("<td") / 4
 
 
 def test_points_of_the_loss_do_not_mix_epochs():
