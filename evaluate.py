@@ -80,7 +80,7 @@ def evaluate(args: argparse.Namespace) -> None:
         for path in processes.from_first(args.checkpoints):
             try:
                 with processes.agreed():
-                    model, saved = checkpoint.load_model(path, device)
+                    model, saved = checkpoint.load_checkpoint(path, device)
                 if args.predict:
                     if len(args.checkpoints) > 1:
                         print(f"{printable(path)}:")
