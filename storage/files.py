@@ -116,9 +116,9 @@ def previous(path: Path) -> Path:
 def locked(path: Path, wait: bool) -> Iterator[bool]:
     """Holds an exclusive lock on a file while the block runs; yields whether it was obtained.
 
-    The system drops the lock with the process, so that a kill leaves none behind; the file stays,
-    with the id of its last holder. Where the file system offers no locks, that is said once and the
-    block runs without.
+    The system drops the lock with the process, so that a kill leaves none behind. The file holds
+    the process's id and goes with the lock (on Windows it stays). Where the file system offers no
+    locks, that is said once and the block runs without.
 
     Args:
         path: of the lock file; its folder is created.
@@ -142,7 +142,10 @@ def locked(path: Path, wait: bool) -> Iterator[bool]:
     try:
         yield obtained
     finally:
-        lock.release()  # does nothing where it is not held
+        if lock.is_locked:
+            with suppress(OSError):  # Windows removes no open file
+                path.unlink()  # who waits for it tries anew: filelock takes no removed file
+            lock.release()
 
 
 @functools.cache  # once is enough

@@ -37,7 +37,7 @@ from sources.imagenet import imagenet_weights, weights_from_file
 BATCH_SIZE = 6
 HOST = {"the official host": SOURCES["the official host"]}
 NPM = {name: fetch for name, fetch in SOURCES.items() if "npm" in name}
-ONLY_THE_CACHE = ["cifar10.npz"]  # beside its lock, which git ignores
+ONLY_THE_CACHE = ["cifar10.npz"]
 
 
 def md5(content):
@@ -144,13 +144,13 @@ def assert_equal(arrays, expected):
 
 
 def everything_in(folder):
-    """All files below a folder but locks, with their content."""
-    files = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock"]
+    """All files below a folder with their content."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
     return {path.relative_to(folder): path.read_bytes() for path in files}
 
 
 def names_in(folder):
-    return sorted(path.name for path in folder.iterdir() if path.suffix != ".lock")
+    return sorted(path.name for path in folder.iterdir())
 
 
 class Code:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import warnings
 from pathlib import Path
 
@@ -91,6 +92,29 @@ def test_a_lock_excludes_others_and_names_its_holder(tmp_path):
         raise ValueError("a start that failed")
     with files.locked(path, wait=False) as again:
         assert again
+    if os.name != "nt":
+        assert names_in(tmp_path) == []
+
+
+def test_lock_files_that_come_and_go_never_let_two_in(tmp_path):
+    inside = []
+    most = []
+
+    def enter():
+        for _ in range(20):
+            with files.locked(tmp_path / "a.lock", wait=True) as obtained:
+                assert obtained
+                inside.append(1)
+                most.append(len(inside))
+                time.sleep(0.001)
+                inside.pop()
+
+    threads = [threading.Thread(target=enter) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1] * 60
 
 
 @pytest.mark.parametrize("wait", [False, True])
