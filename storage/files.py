@@ -7,6 +7,8 @@ import json
 import os
 import secrets
 import sys
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,6 +21,10 @@ from errors import printable
 FULL = (errno.ENOSPC, errno.EDQUOT)
 # How network file systems say that they cannot lock, or cannot flush a file or a folder.
 UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
+
+
+class Unreadable(ValueError):
+    """A file is damaged, or something else than it should be; the message says what was found."""
 
 
 def tell(message: object) -> None:
@@ -105,6 +111,21 @@ def sha256(source: Path | bytes) -> str:
         while piece := file.read(1 << 20):
             digest.update(piece)
     return digest.hexdigest()
+
+
+def check_zip(file: BinaryIO) -> None:
+    """Verifies the checksums of all members of a zip, which torch.load does not.
+
+    Raises:
+        Unreadable: one is wrong, or it is no whole zip.
+    """
+    try:
+        with zipfile.ZipFile(file) as archive:
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError) as error:
+        raise Unreadable(f"it is damaged ({error})") from error
+    if damaged:
+        raise Unreadable(f"it is damaged, the checksum of its {damaged} is wrong")
 
 
 def previous(path: Path) -> Path:

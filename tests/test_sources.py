@@ -388,7 +388,7 @@ def test_a_damaged_cache_stays_until_a_verified_copy_takes_its_place(
     assert_equal(cifar10(tmp_path, {"right": lambda folder: sample}), sample)
     told = capsys.readouterr().err.splitlines()
     assert len(told) == 1
-    assert "cifar10.npz is damaged" in told[0]
+    assert "cifar10.npz: it is damaged" in told[0]
     assert_equal(cifar10(tmp_path, {}), sample)
     assert names_in(tmp_path) == ONLY_THE_CACHE
 
@@ -748,7 +748,7 @@ def test_a_file_of_the_user_may_hold_the_state_dict_under_its_key(tmp_path, cont
     [
         (b"", "damaged, or no file that torch.save wrote"),
         (b"just text", "damaged, or no file that torch.save wrote"),
-        (saved(STATE)[:-200], "damaged, or no file that torch.save wrote"),
+        (saved(STATE)[:-200], "it is damaged (File is not a zip file)"),
         (saved([1, 2]), "holds a list, no state dict"),
         (saved({}), "no state dict"),
         (
