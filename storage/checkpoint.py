@@ -106,7 +106,7 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> Classifi
     """
     network, content = load_checkpoint(path, device)
     stats = data.ChannelStats(tuple(content["mean"]), tuple(content["std"]))
-    return Classifier(network, content["classes"], stats, content.get("image_size", 32))
+    return Classifier(network, content["classes"], stats, content.get("image_size", 32)).eval()
 
 
 def load_checkpoint(

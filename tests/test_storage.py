@@ -217,6 +217,7 @@ def test_a_checkpoint_that_is_saved_opens_with_its_classes_and_size(tmp_path, co
     model = checkpoint.load_model(path)
     assert model.classes == content["classes"]
     assert model.side == 48
+    assert not any(module.training for module in model.modules())
     assert model(torch.zeros(2, 30, 30, 3, dtype=torch.uint8)).shape == (2, 3)
 
 
