@@ -134,7 +134,7 @@ def evaluate(args: argparse.Namespace) -> None:
 
 
 def _classify(path: Path, args: argparse.Namespace, device: torch.device) -> None:
-    model, saved = checkpoint.load_model(path, device)
+    model, saved = checkpoint.load_checkpoint(path, device)
     if len(args.checkpoints) > 1:
         print(f"{printable(path)}:")
     views = args.tta or evaluation.usual_views(saved["config"])
@@ -143,7 +143,7 @@ def _classify(path: Path, args: argparse.Namespace, device: torch.device) -> Non
 
 def _evaluate(path: Path, args: argparse.Namespace, device: torch.device) -> None:
     with processes.agreed():
-        model, saved = checkpoint.load_model(path, device)
+        model, saved = checkpoint.load_checkpoint(path, device)
     views = args.tta or "none"
     if args.predictions and not args.tta:
         views = evaluation.usual_views(saved["config"])

@@ -33,8 +33,8 @@ from sources import cifar10
 from storage import checkpoint, files
 
 ARGUMENTS = (
-    *("--recipe", "classic", "--limit", "64", "--batch-size", "32", "--precision", "fp32"),
-    *("--device", "cpu", "--epochs", "2", "--run-name", "custom_cnn", "--resume"),
+    "--recipe classic --limit 64 --batch-size 32 --precision fp32 --device cpu --epochs 2 "
+    "--run-name custom_cnn --resume"
 )
 CODES = (errno.ENOSPC, errno.EIO, errno.EACCES)
 KINDS = ("write", "fsync", "replace", "link", "unlink", "mkdir", "open")
@@ -73,7 +73,7 @@ def fault(kind: str, number: int, code: int) -> Iterator[list[int]]:
             stack.enter_context(mock.patch.object(files, "open", opened, create=True))
         else:
             stack.enter_context(mock.patch.object(os, kind, failing(getattr(os, kind))))
-        if kind == "open":  # files and locks; `os.open` is for the folders that are synced
+        if kind == "open":  # files; `os.open` is for locks and for the folders that are synced
             here = failing(builtins.open)
             stack.enter_context(mock.patch.object(files, "open", here, create=True))
         yield calls
@@ -83,7 +83,7 @@ def train(data_dir: Path) -> tuple[int, str]:
     """Begins or resumes the training in the working folder; returns exit code and stderr."""
     error = io.StringIO()
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(error):
-        code = train_custom.main([*ARGUMENTS, "--data-dir", str(data_dir)])
+        code = train_custom.main([*ARGUMENTS.split(), "--data-dir", str(data_dir)])
     return code, error.getvalue()
 
 
@@ -137,27 +137,39 @@ def inject(data_dir: Path, every: int = 1, report: bool = True) -> dict[str, int
             for number, code in each[::every]:
                 found = inject_one(kind, number, code, data_dir, expected)
                 counts = {key: counts[key] + value for key, value in found.items()}
-                if report and any(list(found.values())[1:]):
+                if report and did_harm(found):
                     print(f"{kind} {number} {errno.errorcode[code]}: {found}", flush=True)
             if report:
                 print(f"{kind}: {counts}", flush=True)
     return counts
 
 
-def inject_one(kind: str, number: int, code: int, data_dir: Path, expected: str) -> dict[str, int]:
+def inject_one(
+    kind: str, number: int, code: int, data_dir: Path, expected: tuple[Any, ...]
+) -> dict[str, int]:
     """Lets one call fail, then repeats the command; returns what to add to the counts."""
     with empty_folder() as folder:
         with fault(kind, number, code) as calls:
             exit_code, error = train(data_dir)
         broken = broken_files(folder)
-        badly = exit_code not in (0, 1, 2) or (exit_code and error.count("\n") != 1)
-        if exit_code and not badly:
-            badly = train(data_dir)[0] != 0
+        badly = exit_code not in (0, 1, 2)
+        if exit_code:
+            again, _ = train(data_dir)
+            badly = badly or error.count("\n") != 1 or again != 0
         different = outcome(folder) != expected
     return {
-        **{"faults": calls[0] >= number, "ended_badly": bool(badly)},
-        **{"broken_files": len(broken), "differences": different},
+        "faults": int(calls[0] >= number),
+        "ended_badly": int(badly),
+        "broken_files": len(broken),
+        "differences": int(different),
     }
+
+
+def did_harm(counts: dict[str, int]) -> bool:
+    """Whether anything in the counts is not as it must be."""
+    harm = ("ended_badly", "broken_files", "differences", "exit_code_with_room")
+    never_full = counts.get("exit_code", 1) != 1
+    return never_full or any(counts.get(key) for key in harm)
 
 
 def fill_disk(data_dir: Path) -> dict[str, int] | None:
@@ -196,9 +208,8 @@ def main() -> None:
     counts = {"injected": inject(data_dir, args.every), "full_disk": fill_disk(data_dir)}
     print(f"full disk: {counts['full_disk']}")
     common.write(args, counts)
-    bad = ("ended_badly", "broken_files", "differences", "exit_code_with_room")
-    never_full = (counts["full_disk"] or {"exit_code": 1})["exit_code"] != 1
-    sys.exit(never_full or any((part or {}).get(key) for part in counts.values() for key in bad))
+    full = counts["full_disk"]
+    sys.exit(did_harm(counts["injected"]) or (full is not None and did_harm(full)))
 
 
 if __name__ == "__main__":

@@ -30,25 +30,28 @@ from storage import checkpoint, files
 
 # Some steps an epoch on a few hundred real images, some epochs.
 SMALL = (
-    *("--limit", "256", "--batch-size", "32", "--epochs", "3", "--precision", "fp32"),
-    *("--device", "cpu", "--save-every", "0.001", "--run-name", "custom_cnn", "--resume"),
+    "--limit 256 --batch-size 32 --epochs 3 --precision fp32 --device cpu --save-every 0.001 "
+    "--run-name custom_cnn --resume"
 )
-SMALL_IMAGES = "--weights", "none", "--image-size", "32"
-JOBS: tuple[tuple[Callable[[list[str]], int], tuple[str, ...]], ...] = (
-    (train_custom.main, ("--recipe", "classic")),
-    (train_custom.main, ("--recipe", "speedrun", "--network", "tutorial")),
-    (finetune.main, ("--arch", "mobilenet_v3_small", "--unfreeze", "last", *SMALL_IMAGES)),
+JOBS = (
+    (train_custom.main, "--recipe classic"),
+    (train_custom.main, "--recipe speedrun --network tutorial"),
+    (
+        finetune.main,
+        "--arch mobilenet_v3_small --unfreeze last --weights none --image-size 32",
+    ),
 )
 
 
-def outcome(folder: Path) -> str:
-    """One hash over the final weights, metrics and history without its timings."""
+def outcome(folder: Path) -> tuple[dict[str, bytes], dict[str, Any], list[dict[str, Any]]]:
+    """The final weights, metrics and history without its timings, to be compared bit for bit."""
     saved = checkpoint.load(folder / "checkpoints" / "custom_cnn.pt")
+    weights = {name: value.numpy().tobytes() for name, value in saved["state_dict"].items()}
     rows = [
         {key: value for key, value in row.items() if key not in history.TIMINGS}
         for row in history.read(folder / "results" / "custom_cnn" / "history.csv")
     ]
-    return checkpoint.digest([dict(saved["state_dict"]), saved["metrics"], rows])
+    return weights, saved["metrics"], rows
 
 
 class Trial:
@@ -72,7 +75,8 @@ class Trial:
         `delay` seconds are added around each write.
         """
         self.writing[0] = 0
-        if pid := os.fork():
+        pid = os.fork()
+        if pid:
             return pid
         status = 70
         try:
@@ -81,9 +85,11 @@ class Trial:
             log = os.open(self.folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(log, 1)
             os.dup2(log, 2)
-            sys.stdout, sys.stderr = os.fdopen(1, "w", 1), os.fdopen(2, "w", 1)
+            sys.stdout = os.fdopen(1, "w", 1)
+            sys.stderr = os.fdopen(2, "w", 1)
             os.chdir(self.folder)
-            status = self.main([*self.arguments, *SMALL, "--data-dir", str(self.data_dir)])
+            arguments = f"{self.arguments} {SMALL}".split()
+            status = self.main([*arguments, "--data-dir", str(self.data_dir)])
         finally:
             os._exit(status)
 
@@ -93,7 +99,8 @@ class Trial:
         Returns:
             "done" if it had ended by itself, "write" if it died inside a write, else "elsewhere".
         """
-        pid, on_purpose = self.start(delay=0.01), chance.random() < 0.5
+        pid = self.start(delay=0.01)
+        on_purpose = chance.random() < 0.5
         until = time.monotonic() + chance.uniform(0, longest)
         while time.monotonic() < until or (on_purpose and not self.writing[0]):
             if self.ended(pid, os.WNOHANG):
@@ -107,9 +114,12 @@ class Trial:
     def ended(self, pid: int, options: int = 0) -> bool:
         """Waits for a child, unless the options say not to; a failure of its own ends us too."""
         ended, status = os.waitpid(pid, options)
-        if ended and (code := os.waitstatus_to_exitcode(status)):
+        if not ended:
+            return False
+        code = os.waitstatus_to_exitcode(status)
+        if code:
             raise SystemExit(f"exit code {code}:\n{(self.folder / 'log.txt').read_text()[-2000:]}")
-        return bool(ended)
+        return True
 
     def progress(self) -> tuple[int, int]:
         """Epoch and step of the saved state; beyond all where the run is through.
@@ -145,7 +155,8 @@ def slow_down_writes(writing: mmap.mmap, delay: float) -> None:
         finally:
             writing[0] = 0
 
-    os.fsync, os.replace = slow(os.fsync), slow(os.replace)
+    os.fsync = slow(os.fsync)
+    os.replace = slow(os.replace)
     for module in (checkpoint, history, files):
         module.write_atomically = marked
 
@@ -169,26 +180,32 @@ def torture(
     torch.set_num_threads(1)  # a process with OpenMP's threads must not fork
     chance = random.Random(seed)
     keys = ("rounds", "kills", "inside_a_write", "differences", "unreadable", "lost")
-    counts, whole = dict.fromkeys(keys, 0), []
+    counts = dict.fromkeys(keys, 0)
     with tempfile.TemporaryDirectory() as scratch:
+        undisturbed = []  # a third of its seconds and its outcome, for each job
         for job in range(min(rounds, len(JOBS))):
-            begin, trial = time.monotonic(), Trial(job, Path(scratch, f"whole{job}"), data_dir)
+            begin = time.monotonic()
+            trial = Trial(job, Path(scratch, f"whole{job}"), data_dir)
             trial.ended(trial.start(delay=0))
-            # A third of a run at most, so that a run is killed several times before it is through.
-            whole.append(((time.monotonic() - begin) / 3, outcome(trial.folder)))
+            # So that a run is killed several times before it is through.
+            undisturbed.append(((time.monotonic() - begin) / 3, outcome(trial.folder)))
         for number in range(rounds):
-            longest, expected = whole[number % len(JOBS)]
-            trial, reached = Trial(number % len(JOBS), Path(scratch, str(number)), data_dir), (0, 0)
+            job = number % len(JOBS)
+            longest, expected = undisturbed[job]
+            trial = Trial(job, Path(scratch, str(number)), data_dir)
+            reached = (0, 0)
             for _ in range(kills):
-                if (died := trial.kill(chance, longest)) == "done":
+                died = trial.kill(chance, longest)
+                if died == "done":
                     break
                 counts["kills"] += 1
                 counts["inside_a_write"] += died == "write"
+                before = reached
                 try:
-                    before, reached = reached, trial.progress()
-                    counts["lost"] += reached < before
+                    reached = trial.progress()
                 except UnusableInput:
                     counts["unreadable"] += 1
+                counts["lost"] += reached < before
             trial.ended(trial.start(delay=0))
             counts["rounds"] += 1
             counts["differences"] += outcome(trial.folder) != expected

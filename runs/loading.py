@@ -112,7 +112,7 @@ def _of_checkpoint(
     path: Path, model: nn.Module, arch: str, classes: tuple[str, ...]
 ) -> dict[str, Any]:
     """Its weights; the last layer stays the model's own where the classes are others."""
-    trained, content = checkpoint.load_model(path)
+    trained, content = checkpoint.load_checkpoint(path)
     if content["arch"] != arch:
         raise UnusableInput(f"--weights {printable(path)}: holds a {content['arch']}, not a {arch}")
     state, own = trained.state_dict(), model.state_dict()

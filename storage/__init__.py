@@ -1,1 +1,1 @@
-"""Files written so that no crash loses them, read without running them; and what memory is left."""
+"""Files written so that no crash loses them, and read without running what they hold."""

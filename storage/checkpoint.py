@@ -1,68 +1,176 @@
 """What is saved of a run, how it is written so that no crash can lose it, how it is read safely."""
 
-import hashlib
 import io
 import os
+import pickle
 import re
-from collections.abc import Mapping
+import struct
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+import data
 from errors import UnusableInput, printable
 from models import create_model
-from storage import tensorfile
-from storage.files import FULL, previous, write_atomically
+from storage.files import FULL, Unreadable, check_zip, previous, write_atomically
 
 FORMAT = "cifar10-pytorch/1"
-REMEDY = "that train_custom.py or finetune.py wrote"
-# Besides tensors, dicts, lists and tuples; a subclass of these may need code to be read.
-PLAIN = (str, int, float, bool, type(None))
-
+# What a finished checkpoint must hold; "surgery" are the arguments of the network.
+FINISHED = (
+    "name",
+    "arch",
+    "surgery",
+    "classes",
+    "mean",
+    "std",
+    "config",
+    "metrics",
+    "environment",
+    "state_dict",
+)
 # What the state of an unfinished run must hold.
-STATE = {
-    *("config", "precision", "identity", "epoch", "step", "history", "spent", "sums"),
-    *("rng", "device_rng", "model", "optimizer"),
-}
+STATE = (
+    "config",
+    "precision",
+    "identity",
+    "epoch",
+    "step",
+    "history",
+    "spent",
+    "sums",
+    "rng",
+    "device_rng",
+    "model",
+    "optimizer",
+)
+# What torch.load raises on bytes that torch.save did not write, or that were damaged.
+NOT_OF_TORCH = (
+    pickle.UnpicklingError,
+    struct.error,
+    EOFError,
+    RuntimeError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AssertionError,
+)
 
 
-def _list_of(value: Any, kind: type, at_least: int, at_most: int) -> bool:
-    fits = isinstance(value, list | tuple) and at_least <= len(value) <= at_most
-    return fits and all(isinstance(entry, kind) for entry in value)
+class Classifier(nn.Module):
+    """A trained network that takes pictures as they are; it normalises and resizes them itself.
+
+    Attributes:
+        network: from normalised images (B, 3, side, side) to logits.
+        classes: their names, in the order of the logits.
+        stats: mean and standard deviation that the network expects, of channels in [0, 1].
+        side: of the network's input, pixels.
+    """
+
+    def __init__(
+        self, network: nn.Module, classes: list[str], stats: data.ChannelStats, side: int
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.classes = classes
+        self.stats = stats
+        self.side = side
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Classifies pictures.
+
+        Args:
+            images: (B, H, W, 3) uint8, RGB, on the network's device; square, of any side.
+
+        Returns:
+            Logits (B, classes) float32.
+        """
+        return self.network(data.resize(data.normalize(images, self.stats), self.side))
 
 
-def _odd(content: dict[str, Any]) -> list[str]:
-    """Names what a finished checkpoint lacks, or holds in a form that nothing here writes."""
-    name, mean, std = (content.get(key) for key in ("name", "mean", "std"))
-    side = content.get("image_size", 32)
-    dicts = ("surgery", "config", "metrics", "environment", "state_dict")
-    fine = {key: isinstance(content.get(key), dict) for key in dicts} | {
-        "name": isinstance(name, str) and re.fullmatch(r"\w[\w.+-]{0,99}", name),  # of a folder
-        "arch": isinstance(content.get("arch"), str),
-        "classes": _list_of(content.get("classes"), str, 2, 1000),
-        "mean": _list_of(mean, float, 3, 3) and all(0 <= value < 10 for value in mean),
-        "std": _list_of(std, float, 3, 3) and all(0 < value < 10 for value in std),
-        "image_size": type(side) is int and 8 <= side <= 1024,
-    }
-    if fine["config"] and fine["metrics"]:
-        heat = content["metrics"].get("temperature")
-        fine["config"] = isinstance(content["config"].get("limit"), int | None)
-        fine["metrics"] = heat is None or (isinstance(heat, float) and 0 < heat < 1e3)
-    return [key for key, value in fine.items() if not value]
+def load_model(path: str | Path, device: torch.device | str = "cpu") -> Classifier:
+    """Opens a finished checkpoint as a network in eval mode that takes pictures as they are.
+
+        model = load_model("checkpoints/custom_cnn.pt")
+        picture = Image.open("photo.jpg").convert("RGB").resize((model.side, model.side))
+        images = torch.from_numpy(np.array(picture))[None]  # (1, side, side, 3) uint8
+        with torch.inference_mode():
+            print(model.classes[model(images).argmax()])
+
+    Raises:
+        UnusableInput: there is no such file, or it is no finished checkpoint.
+    """
+    network, content = load_checkpoint(path, device)
+    stats = data.ChannelStats(tuple(content["mean"]), tuple(content["std"]))
+    return Classifier(network, content["classes"], stats, content.get("image_size", 32)).eval()
+
+
+def load_checkpoint(
+    path: str | Path, device: torch.device | str = "cpu"
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Rebuilds the trained network of a finished checkpoint.
+
+    Returns:
+        The network in eval mode and channels_last, for normalised images (B, 3, side, side); and
+        the checkpoint without its tensors.
+
+    Raises:
+        UnusableInput: there is no such file, or it is no finished checkpoint.
+        MemoryError, OSError: reading failed, which says nothing of the file.
+    """
+    path = Path(path)
+    with refused(path, "checkpoint", "that train_custom.py or finetune.py wrote"):
+        content = load(path)
+        if "optimizer" in content:
+            raise Unreadable("it is the state of an unfinished run: finish it with --resume")
+        for key in FINISHED:
+            if key not in content:
+                raise Unreadable(f"it lacks {key!r}")
+        network = _rebuilt(content, content.pop("state_dict"))
+    # The checkpoint that comes with the clone holds its weights in half the bits.
+    network.to(device, torch.float32, memory_format=torch.channels_last)
+    return network.eval(), content
+
+
+def _rebuilt(content: dict[str, Any], state: dict[str, Tensor]) -> nn.Module:
+    try:
+        with torch.device("meta"):  # no memory and no random numbers for what is replaced
+            network = create_model(content["arch"], content["surgery"], len(content["classes"]))
+    except ValueError as error:
+        raise Unreadable(str(error)) from error
+    try:
+        network.load_state_dict(state, assign=True)
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise Unreadable(f"its weights do not fit its network ({reason})") from error
+    return network
+
+
+@contextmanager
+def refused(path: Path, kind: str, remedy: str) -> Iterator[None]:
+    """Turns what is wrong with a user's file in the block into UnusableInput."""
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
+        problem = f"{printable(path)} cannot be read ({error.strerror})"
+        raise UnusableInput(f"{problem}: give a {kind} {remedy}") from None
+    except Unreadable as error:
+        problem = f"{printable(path)} is no whole {kind}: {printable(error)}"
+        raise UnusableInput(f"{problem}; give one {remedy}") from error
 
 
 def save(path: Path, content: dict[str, Any]) -> None:
-    """Writes nested dicts and lists of tensors and plain values, with the SHA-256 of what they say.
+    """Writes nested dicts and lists of tensors and plain values; the zip holds their checksums.
 
     Raises:
         OSError: the disk is full or cannot be written; an old file is then untouched.
     """
-    content = {"format": FORMAT, **content}
-    content["sha256"] = digest(content)
     buffer = io.BytesIO()  # the zip writer of torch hides disk errors; a plain write raises them
-    torch.save(content, buffer)
+    torch.save({"format": FORMAT, **content}, buffer)
     write_atomically(path, buffer.getvalue())
 
 
@@ -71,108 +179,56 @@ def is_checkpoint(path: Path) -> bool:
     return FORMAT.encode() in path.read_bytes()
 
 
-def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Reads what `save` wrote; nothing in the file is executed, and its SHA-256 must hold.
+def load(path: Path) -> dict[str, Any]:
+    """Reads what `save` wrote; nothing in the file is executed, and its checksums must hold.
 
     Raises:
-        ValueError: it is no whole checkpoint; the message says what was found.
+        Unreadable: it is no whole checkpoint.
         MemoryError, OSError: reading failed, which says nothing of the file.
     """
-    content = tensorfile.read(path, device)
+    content = read(path)
     if not isinstance(content, dict):
-        raise ValueError(f"it holds a {type(content).__name__}")
-    if (found := content.get("format")) != FORMAT:
+        raise Unreadable(f"it holds a {type(content).__name__}")
+    found = content.get("format")
+    if found != FORMAT:
         if content and all(isinstance(value, Tensor) for value in content.values()):
-            raise ValueError("it holds a state dict alone, which finetune.py takes as --weights")
-        raise ValueError(f"its format is {found!r}, not {FORMAT!r}")
-    stated = content.pop("sha256", None)
-    try:
-        own = digest(content)
-    except (TypeError, RecursionError) as error:
-        raise ValueError(f"it holds more than plain values ({error})") from error
-    if own != stated:
-        raise ValueError("it is damaged, its content does not match its own SHA-256")
+            raise Unreadable("it holds a state dict alone, which finetune.py takes as --weights")
+        raise Unreadable(f"its format is {found!r}, not {FORMAT!r}")
+    content.pop("sha256", None)  # of older files, beside the checksums of the zip
     return content
 
 
-def load_model(path: Path, device: torch.device | str = "cpu") -> tuple[nn.Module, dict[str, Any]]:
-    """Rebuilds the trained network of a finished checkpoint, with as many classes as it names.
+def read(path: Path) -> Any:
+    """Opens what `torch.save` wrote: tensors on the CPU and plain types, nothing else.
 
-    Returns:
-        The network in eval mode and channels_last, and the checkpoint without its tensors.
+    torch does not verify the checksums of its own zips, so they are verified here. Files of before
+    torch 1.6, as some of torchvision's still are, are no zips and have none.
 
     Raises:
-        UnusableInput: there is no such file, or it is no finished checkpoint.
+        Unreadable: it is another kind of file, damaged, or made to run code.
         MemoryError, OSError: reading failed, which says nothing of the file.
     """
-    with tensorfile.refused(path, "checkpoint", REMEDY):
-        content = load(path, device)
-        if {"optimizer", "step"} <= content.keys():
-            raise ValueError("it is the state of an unfinished run: finish it with --resume")
-        if odd := _odd(content):
-            raise ValueError(f"its {odd[0]!r} is missing or odd")
-        num_classes, side = len(content["classes"]), content.get("image_size", 32)
-        try:
-            with torch.device("meta"):  # no memory and no random numbers for what is replaced
-                model = create_model(content["arch"], content["surgery"], num_classes)
-            state = _fitted(content.pop("state_dict"), model.state_dict())
-            model.load_state_dict(state, assign=True)
-            model = model.to(device, memory_format=torch.channels_last).eval()
-            with torch.inference_mode():
-                logits = model(torch.zeros(1, 3, side, side, device=device))
-        except (RuntimeError, TypeError) as error:
-            tensorfile.raise_shortage(error)
-            reason = str(error).split("\n")[0]
-            raise ValueError(f"its network cannot be run ({reason})") from error
-        if logits.shape != (1, num_classes):
-            raise ValueError(f"it names {num_classes} classes, its network has others")
-    return model, content
-
-
-def _fitted(state: dict[str, Any], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a checkpoint in the types of the network's `own`; ValueError for any other."""
-    for key, value in own.items():
-        given = state.get(key)
-        if not isinstance(given, Tensor) or given.shape != value.shape:
-            raise ValueError(f"its {key!r} is missing or has not the shape {tuple(value.shape)}")
-        if given.is_floating_point() != value.is_floating_point():
-            raise ValueError(f"its {key!r} has the type {given.dtype}, not {value.dtype}")
-        if not given.isfinite().all():
-            raise ValueError(f"its {key!r} holds numbers that are not finite")
-    if unknown := state.keys() - own.keys():
-        raise ValueError(f"it holds {min(map(repr, unknown))}, which its network has not")
-    return {key: state[key].to(value.dtype) for key, value in own.items()}  # maybe from fewer bits
-
-
-def digest(content: Any) -> str:
-    """SHA-256 of nested dicts, lists, tensors and plain values, whatever their layout in memory.
-
-    Every value is preceded by its type and length, so that no two contents read alike.
-    """
-    sha = hashlib.sha256()
-
-    def add(value: Any) -> None:
-        if isinstance(value, Tensor):
-            data = value.detach().cpu().contiguous()
-            sha.update(f"tensor {data.dtype} {tuple(data.shape)};".encode())
-            sha.update(data.reshape(-1).view(torch.uint8).numpy())
-        elif isinstance(value, Mapping):
-            sha.update(f"dict {len(value)};".encode())
-            for key, entry in value.items():
-                add(key)
-                add(entry)
-        elif isinstance(value, list | tuple):
-            sha.update(f"{type(value).__name__} {len(value)};".encode())
-            for entry in value:
-                add(entry)
-        elif type(value) not in PLAIN:
-            raise TypeError(f"{type(value).__name__} {value!r} is not a plain type")
+    content = path.read_bytes()
+    file = io.BytesIO(content)
+    if content.startswith(b"PK\x03\x04"):  # of a zip
+        check_zip(file)
+        file.seek(0)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of odd files before it refuses them
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except NOT_OF_TORCH as error:
+        said = str(error)
+        if "allocate memory" in said or "not enough memory" in said:
+            raise MemoryError(said.split("\n")[0]) from error  # torch has no own type on the CPU
+        named = re.search(r"GLOBAL (\S+)", said)  # all else in the message is advice
+        if named:
+            found = f"it holds a pickled {named[1]}, and only tensors are opened"
+        elif "TorchScript" in said:
+            found = "it is a TorchScript archive, a program and not weights alone"
         else:
-            text = repr(value).encode()
-            sha.update(f"{type(value).__name__} {len(text)};".encode() + text)
-
-    add(content)
-    return sha.hexdigest()
+            found = "it is damaged, or no file that torch.save wrote"
+        raise Unreadable(found) from error
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
@@ -212,11 +268,12 @@ def load_state(path: Path) -> tuple[dict[str, Any] | None, list[str]]:
     for candidate in (path, previous(path)):
         try:
             state = load(candidate)
-            if missing := STATE - state.keys():
-                raise ValueError(f"it is no state of a run, it lacks {min(missing)}")
+            for key in STATE:
+                if key not in state:
+                    raise Unreadable(f"it is no state of a run, it lacks {key!r}")
         except FileNotFoundError:
             continue
-        except ValueError as error:
+        except Unreadable as error:
             problems.append(printable(f"{candidate}: {error}"))
             continue
         if candidate != path:
@@ -232,5 +289,5 @@ def load_state(path: Path) -> tuple[dict[str, Any] | None, list[str]]:
 
 def remove_state(path: Path) -> None:
     """Removes the states of a run that has finished."""
-    for file in (previous(path), path):  # the newest last: a kill in between loses nothing
-        file.unlink(missing_ok=True)
+    previous(path).unlink(missing_ok=True)
+    path.unlink(missing_ok=True)  # the newest last: a kill in between loses nothing

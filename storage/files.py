@@ -1,31 +1,30 @@
 """Files that are whole or absent: atomic writes, hashes, a lock that dies with its process."""
 
 import errno
+import functools
 import hashlib
-import io
 import json
 import os
 import secrets
 import sys
-import time
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from filelock import FileLock, Timeout
+
 from errors import printable
 
-try:
-    import fcntl
-except ImportError:  # Windows has no flock; msvcrt offers the same promise on a byte range.
-    fcntl = None
-    import msvcrt
-
 FULL = (errno.ENOSPC, errno.EDQUOT)
-# How network file systems say that they offer no locks, or cannot sync a folder.
+# How network file systems say that they cannot lock, or cannot flush a file or a folder.
 UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 
-_unlocked: list[Path] = []  # what could not be locked; said of the first alone
+
+class Unreadable(ValueError):
+    """A file is damaged, or something else than it should be; the message says what was found."""
 
 
 def tell(message: object) -> None:
@@ -53,10 +52,12 @@ def write_atomically(path: Path, content: bytes | str | Callable[[BinaryIO], Non
         with open(temporary, "xb") as file:
             if callable(content):
                 content(file)
+            elif isinstance(content, str):
+                file.write(content.encode())
             else:
-                file.write(content.encode() if isinstance(content, str) else content)
+                file.write(content)
             file.flush()
-            os.fsync(file.fileno())
+            _sync(file.fileno())
         os.replace(temporary, path)
     except BaseException as error:
         with suppress(OSError):
@@ -74,12 +75,17 @@ def sync_folder(folder: Path) -> None:
     except PermissionError:  # as on Windows
         return
     try:
+        _sync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sync(descriptor: int) -> None:
+    try:
         os.fsync(descriptor)
     except OSError as error:
         if error.errno not in UNSUPPORTED:
             raise
-    finally:
-        os.close(descriptor)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -98,11 +104,28 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def sha256(source: Path | bytes) -> str:
     """Hex SHA-256 of a file's content, read in pieces of 1 MiB, or of bytes."""
+    if isinstance(source, bytes):
+        return hashlib.sha256(source).hexdigest()
     digest = hashlib.sha256()
-    with open(source, "rb") if isinstance(source, Path) else io.BytesIO(source) as file:
+    with open(source, "rb") as file:
         while piece := file.read(1 << 20):
             digest.update(piece)
     return digest.hexdigest()
+
+
+def check_zip(file: BinaryIO) -> None:
+    """Verifies the checksums of all members of a zip, which torch.load does not.
+
+    Raises:
+        Unreadable: one is wrong, or it is no whole zip.
+    """
+    try:
+        with zipfile.ZipFile(file) as archive:
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError) as error:
+        raise Unreadable(f"it is damaged ({error})") from error
+    if damaged:
+        raise Unreadable(f"it is damaged, the checksum of its {damaged} is wrong")
 
 
 def previous(path: Path) -> Path:
@@ -116,28 +139,39 @@ def locked(path: Path, wait: bool) -> Iterator[bool]:
 
     The system drops the lock with the process, so that a kill leaves none behind. The file holds
     the process's id and goes with the lock (on Windows it stays). Where the file system offers no
-    locks, that is said once and the block runs without. `wait` waits for the holder.
+    locks, that is said once and the block runs without.
+
+    Args:
+        path: of the lock file; its folder is created.
+        wait: wait for another holder, for ever.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    while True:
-        with open(path, "ab", buffering=0) as file:
-            obtained = _lock(file, path)
-            if obtained and _is_at(path, file):  # else its last holder has removed it meanwhile
-                with suppress(OSError):  # a full disk does not matter here
-                    file.truncate(0)
-                    file.write(str(os.getpid()).encode())
-                try:
-                    yield True
-                finally:
-                    if fcntl and _is_at(path, file):
-                        with suppress(OSError):
-                            path.unlink()
-                return
-        if not obtained:
-            if not wait:
-                yield False
-                return
-            time.sleep(0.1)
+    lock = FileLock(path, fallback_to_soft=False)  # a soft lock would outlive a killed process
+    try:
+        lock.acquire(blocking=wait)
+        obtained = True
+    except Timeout:
+        obtained = False
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+        _warn_of_no_locks()
+        obtained = True
+    if lock.is_locked:
+        with suppress(OSError):  # neither a full disk nor Windows, which locks the bytes, matters
+            path.write_text(str(os.getpid()))
+    try:
+        yield obtained
+    finally:
+        if lock.is_locked:
+            with suppress(OSError):  # Windows removes no open file
+                path.unlink()  # who waits for it tries anew: filelock takes no removed file
+            lock.release()
+
+
+@functools.cache  # once is enough
+def _warn_of_no_locks() -> None:
+    tell("warning: the file system offers no locks; do not start a run of the same name twice")
 
 
 def holder(path: Path) -> str:
@@ -145,28 +179,3 @@ def holder(path: Path) -> str:
     with suppress(OSError, ValueError):
         return str(int(path.read_text()))
     return ""
-
-
-def _lock(file: BinaryIO, path: Path) -> bool:
-    try:
-        if fcntl:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        else:
-            os.lseek(file.fileno(), 1 << 20, os.SEEK_SET)  # the id before that stays readable
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-    except (BlockingIOError, PermissionError):  # the latter on Windows
-        return False
-    except OSError as error:
-        if error.errno not in UNSUPPORTED:
-            raise
-        if not _unlocked:
-            advice = "do not start a run of the same name twice"
-            tell(f"warning: cannot lock {path} ({error.strerror}); {advice}")
-        _unlocked.append(path)
-    return True
-
-
-def _is_at(path: Path, file: BinaryIO) -> bool:
-    with suppress(FileNotFoundError):
-        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
-    return False

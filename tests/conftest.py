@@ -1,11 +1,12 @@
 import csv
+import hashlib
 import importlib
 import os
 import subprocess
 import sys
 from itertools import count
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -153,8 +154,30 @@ def rows(run_dir: Path) -> list[dict[str, str]]:
         return [{k: v for k, v in row.items() if k not in timings} for row in csv.DictReader(file)]
 
 
+def digest(content: Any) -> str:
+    """One hash over nested dicts and lists of tensors and plain values."""
+    sha = hashlib.sha256()
+
+    def add(value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            sha.update(f"{value.dtype} {tuple(value.shape)}".encode())
+            sha.update(value.detach().cpu().contiguous().numpy().tobytes())
+        elif isinstance(value, dict):
+            for key, entry in value.items():
+                add(key)
+                add(entry)
+        elif isinstance(value, list | tuple):
+            for entry in value:
+                add(entry)
+        else:
+            sha.update(repr(value).encode())
+
+    add(content)
+    return sha.hexdigest()
+
+
 def outcome(folder: Path | str, name: str = "custom_cnn") -> tuple:
     """What must not depend on how often a run was interrupted: weights, numbers, history."""
     content = checkpoint.load(Path(folder, f"checkpoints/{name}.pt"))
-    weights = checkpoint.digest(dict(content["state_dict"]))
+    weights = digest(dict(content["state_dict"]))
     return weights, content["metrics"], rows(Path(folder, "results", name))

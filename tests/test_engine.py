@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, digest
 from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,7 +18,6 @@ import engine
 import models
 from optimizers import make_optimizer, parameter_groups
 from runtime import amx, device, processes
-from storage.checkpoint import digest
 
 CPU = torch.device("cpu")
 LEARNING = {"epochs": 2, "lr": 3e-3, "warmup": 0.2, "label_smoothing": 0.1}

@@ -155,7 +155,7 @@ def test_what_is_no_finished_checkpoint_is_said(refused, trained, content, found
 def test_the_checkpoint_that_comes_with_the_repository_knows_real_images(sample):
     path = ROOT / "checkpoints/custom_cnn-modern.pt"
     assert path.stat().st_size <= 8e6
-    model, saved = checkpoint.load_model(path)
+    model, saved = checkpoint.load_checkpoint(path)
     assert saved["name"] == path.stem  # of its reference run, so that a user's first is no twin
     assert (ROOT / "results/reference" / path.stem / "test.json").exists()
     # `train_custom.py --weights` goes on from it.

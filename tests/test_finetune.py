@@ -203,7 +203,7 @@ def test_finetuned_checkpoint_says_where_it_began_and_needs_nothing_to_be_used(r
     start = torchvision.models.mobilenet_v3_small(weights=None).state_dict()
     torch.save(start, "start.pth")
     assert run(*TINY, "--unfreeze", "last", "--weights", "start.pth").code == 0
-    model, saved = checkpoint.load_model(Path("checkpoints/mobilenet_v3_small.pt"))
+    model, saved = checkpoint.load_checkpoint(Path("checkpoints/mobilenet_v3_small.pt"))
     assert saved["start_weights"]["file"] == "start.pth"
     assert len(saved["start_weights"]["sha256"]) == 64
     trained = model.network.state_dict()
@@ -217,7 +217,7 @@ def test_finetuned_checkpoint_says_where_it_began_and_needs_nothing_to_be_used(r
     # And one run may begin where another has ended.
     begin = "--weights", "checkpoints/mobilenet_v3_small.pt", "--lr", "1e-9"
     assert run(*TINY, *begin, "--run-name", "again").code == 0
-    later, _ = checkpoint.load_model(Path("checkpoints/again.pt"))
+    later, _ = checkpoint.load_checkpoint(Path("checkpoints/again.pt"))
     for parameter, other in zip(model.parameters(), later.parameters(), strict=True):
         torch.testing.assert_close(parameter, other, atol=1e-4, rtol=1e-4)
 

@@ -16,7 +16,7 @@ from unittest.mock import Mock, patch
 import numpy as np
 import pytest
 import torch
-from conftest import ENVIRONMENT, PICTURES, ROOT, SAMPLE, outcome, rows, use_sample
+from conftest import ENVIRONMENT, PICTURES, ROOT, SAMPLE, digest, outcome, rows, use_sample
 from torch import nn
 
 import data
@@ -95,7 +95,7 @@ def learn(model, trained, batches, optimizer):
     optimizer.dtype = torch.float64  # Muon's
     network = processes.shared(trained)
     for _ in engine.train(network, optimizer, Doubles(batches), epochs=2, lr=3e-3, warmup=0.2):
-        assert len(set(processes.from_all(checkpoint.digest(flat(model))))) == 1
+        assert len(set(processes.from_all(digest(flat(model))))) == 1
     return flat(model)
 
 

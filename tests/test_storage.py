@@ -8,18 +8,21 @@ import subprocess
 import sys
 import threading
 import time
-import zipfile
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
+import data
 from errors import UnusableInput
-from storage import checkpoint, files, tensorfile
+from storage import checkpoint, files
 
 ROOT = Path(files.__file__).parent.parent
+CHECKPOINT = ROOT / "checkpoints" / "custom_cnn-modern.pt"
 
 
 def saved(content, **options):
@@ -53,58 +56,69 @@ def test_a_write_that_fails_half_way_leaves_the_old_file_and_names_it(tmp_path):
     assert names_in(tmp_path) == ["a.bin"]
 
 
-@pytest.mark.skipif(os.name == "nt", reason="Windows has other permissions")
-def test_a_written_file_has_ordinary_permissions_where_none_can_be_changed(tmp_path, monkeypatch):
-    for function in ("chmod", "fchmod"):
-        monkeypatch.setattr(os, function, fail_with(errno.EPERM))
-    before = os.umask(0o027)
-    try:
-        files.write_atomically(tmp_path / "a", "text")
-    finally:
-        os.umask(before)
-    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o640
-
-
-@pytest.mark.skipif(os.name == "nt", reason="Windows cannot open folders")
-@pytest.mark.parametrize("number", [*files.UNSUPPORTED, errno.EACCES, errno.EIO])
-def test_a_folder_that_cannot_be_synced_is_no_obstacle_but_a_failing_disk_is(
+@pytest.mark.parametrize("number", [*files.UNSUPPORTED, errno.EIO])
+def test_a_file_system_that_cannot_flush_is_no_obstacle_but_a_failing_disk_is(
     tmp_path, monkeypatch, number
 ):
-    fsync, path = os.fsync, tmp_path / "a"
-
-    def sync_files_alone(descriptor):
-        if os.path.samestat(os.fstat(descriptor), tmp_path.stat()):
-            fail_with(number)()
-        fsync(descriptor)
-
-    if number == errno.EACCES:  # a folder that may be written and not read
-        monkeypatch.setattr(os, "open", fail_with(number))
-    monkeypatch.setattr(os, "fsync", sync_files_alone)
+    path = tmp_path / "a"
+    files.write_atomically(path, b"old")
+    monkeypatch.setattr(os, "fsync", fail_with(number))
     if number == errno.EIO:
         with pytest.raises(OSError, match="Input/output"):
             files.write_atomically(path, b"new")
+        assert path.read_bytes() == b"old"
     else:
         files.write_atomically(path, b"new")
-    assert path.read_bytes() == b"new"
+        assert path.read_bytes() == b"new"
+    assert names_in(tmp_path) == ["a"]
 
 
-def test_a_lock_excludes_others_names_its_holder_and_leaves_no_file(tmp_path):
+def test_a_folder_that_cannot_be_read_can_be_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "open", fail_with(errno.EACCES))  # as on Windows
+    files.write_atomically(tmp_path / "a", b"new")
+    assert (tmp_path / "a").read_bytes() == b"new"
+
+
+def test_a_lock_excludes_others_and_names_its_holder(tmp_path):
     path = tmp_path / "name.lock"
     with files.locked(path, wait=False) as first:
         assert first
-        assert files.holder(path) == str(os.getpid())
         with files.locked(path, wait=False) as second:
             assert not second
-        assert path.exists()  # the one refused has not removed it
+        with files.locked(path, wait=False) as third:
+            assert not third  # the one refused has not let others in
+        assert files.holder(path) == str(os.getpid())
     with pytest.raises(ValueError, match="failed"), files.locked(path, wait=False):
         raise ValueError("a start that failed")
+    with files.locked(path, wait=False) as again:
+        assert again
     if os.name != "nt":
         assert names_in(tmp_path) == []
-        assert files.holder(path) == ""
 
 
-@pytest.mark.skipif(os.name == "nt", reason="SIGKILL")
-def test_a_killed_process_leaves_no_lock(tmp_path):
+def test_lock_files_that_come_and_go_never_let_two_in(tmp_path):
+    inside = []
+    most = []
+
+    def enter():
+        for _ in range(20):
+            with files.locked(tmp_path / "a.lock", wait=True) as obtained:
+                assert obtained
+                inside.append(1)
+                most.append(len(inside))
+                time.sleep(0.001)
+                inside.pop()
+
+    threads = [threading.Thread(target=enter) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1] * 60
+
+
+@pytest.mark.parametrize("wait", [False, True])
+def test_a_killed_process_leaves_no_lock(tmp_path, wait):
     path = tmp_path / "name.lock"
     code = f"""
 import sys, time; from pathlib import Path
@@ -118,49 +132,27 @@ with locked(Path({str(path)!r}), wait=False): print("held", flush=True); time.sl
         with files.locked(path, wait=False) as obtained:
             assert not obtained
         assert files.holder(path) == str(other.pid)
-        other.send_signal(signal.SIGKILL)
-        other.wait()
-    with files.locked(path, wait=False) as obtained:
-        assert obtained
-        assert files.holder(path) == str(os.getpid())
+        if wait:
+            threading.Timer(0.3, other.send_signal, [signal.SIGKILL]).start()
+        else:
+            other.send_signal(signal.SIGKILL)
+            other.wait()
+        with files.locked(path, wait=wait) as obtained:
+            assert obtained
+            assert files.holder(path) == str(os.getpid())
 
 
-def test_lock_files_that_come_and_go_never_let_two_in(tmp_path, monkeypatch):
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # as often as possible
-    inside, most, entered = [], [], []
-
-    def enter():
-        for _ in range(40):
-            with files.locked(tmp_path / "a.lock", wait=True) as obtained:
-                assert obtained
-                inside.append(1)
-                most.append(len(inside))
-                os.sched_yield() if hasattr(os, "sched_yield") else None
-                inside.pop()
-                entered.append(1)
-
-    threads = [threading.Thread(target=enter) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(entered) == 120
-    assert max(most) == 1
-
-
-@pytest.mark.skipif(files.fcntl is None, reason="flock")
 @pytest.mark.parametrize("number", files.UNSUPPORTED)
 def test_a_file_system_without_locks_costs_one_warning(tmp_path, monkeypatch, capsys, number):
-    monkeypatch.setattr(files, "_unlocked", [])
-    monkeypatch.setattr(files.fcntl, "flock", fail_with(number))
+    fcntl = pytest.importorskip("fcntl")
+    files._warn_of_no_locks.cache_clear()
+    monkeypatch.setattr(fcntl, "flock", fail_with(number))
     for name in ("a.lock", "b.lock"):
         with files.locked(tmp_path / name, wait=False) as obtained:
             assert obtained
     told = capsys.readouterr().err
-    assert told.count("\n") == told.count("cannot lock") == 1
-    assert "a.lock" in told
+    assert told.count("\n") == 1
     assert "do not start a run of the same name twice" in told
-    assert names_in(tmp_path) == []
 
 
 def test_telling_on_a_closed_terminal_ends_nothing(monkeypatch):
@@ -168,98 +160,92 @@ def test_telling_on_a_closed_terminal_ends_nothing(monkeypatch):
     closed.close()
     for stream in (closed, None):
         monkeypatch.setattr(sys, "stderr", stream)
-        monkeypatch.setattr(sys, "stdout", stream)
         files.tell("nobody hears")
 
 
-CLASSES = ["cat", "dog", "\x1b[31mred\n"]
+def test_the_network_that_comes_with_the_clone_loads_to_the_bit():
+    network, content = checkpoint.load_checkpoint(CHECKPOINT)
+    expected = torch.load(CHECKPOINT, weights_only=True)
+    state = network.state_dict()
+    assert state.keys() == expected["state_dict"].keys()
+    for name, value in expected["state_dict"].items():
+        assert torch.equal(state[name], value.to(state[name].dtype))  # half as many bits there
+    assert not network.training
+    assert len(content["classes"]) == 10
+    assert "state_dict" not in content
+    assert checkpoint.is_checkpoint(CHECKPOINT)
 
 
-class Tiny(nn.Module):
-    """Stands in for a network of the table; remembers what it was shown."""
-
-    def __init__(self, num_classes):
-        super().__init__()
-        self.layer, self.shown = nn.Linear(3, num_classes), []
-
-    def forward(self, x):
-        self.shown.append(tuple(x.shape))
-        return self.layer(x.mean((2, 3)))
+def test_a_loaded_model_classifies_pictures_as_they_are():
+    model = checkpoint.load_model(str(CHECKPOINT))
+    network, content = checkpoint.load_checkpoint(CHECKPOINT)
+    paths = sorted((ROOT / "tests" / "samples").glob("*.png"))
+    pictures = [Image.open(path).convert("RGB").resize((model.side, model.side)) for path in paths]
+    images = torch.from_numpy(np.stack([np.array(picture) for picture in pictures]))
+    stats = data.ChannelStats(tuple(content["mean"]), tuple(content["std"]))
+    with torch.inference_mode():
+        logits = model(images)
+        expected = network(next(data.inputs(images, stats, model.side)))
+    assert torch.equal(logits, expected)
+    names = [model.classes[label] for label in logits.argmax(1)]
+    right = [name in path.name for name, path in zip(names, paths, strict=True)]
+    assert sum(right) > len(paths) / 2
 
 
 @pytest.fixture
-def tiny(monkeypatch):
-    """Content of a finished checkpoint, whose network is a small stand-in."""
-    monkeypatch.setattr(
-        checkpoint, "create_model", lambda arch, surgery, num_classes: Tiny(num_classes)
-    )
+def content():
+    """A finished checkpoint of a small network."""
+    arguments = {"widths": (8, 8, 8, 8, 8, 8), "hidden": (8, 8)}
     return {
-        **{"name": "it", "arch": "tiny", "surgery": {}, "classes": CLASSES},
-        **{"mean": [0.5] * 3, "std": [0.25] * 3, "image_size": 48},
-        **{"config": {"limit": None}, "metrics": {"temperature": None}, "environment": {}},
-        "state_dict": Tiny(3).state_dict(),
+        "name": "it",
+        "arch": "custom_cnn",
+        "surgery": arguments,
+        "classes": ["cat", "dog", "\x1b[31mred\n"],
+        "mean": [0.5, 0.5, 0.5],
+        "std": [0.25, 0.25, 0.25],
+        "image_size": 48,
+        "config": {"limit": None},
+        "metrics": {"temperature": None},
+        "environment": {},
+        "state_dict": checkpoint.create_model("custom_cnn", arguments, 3).state_dict(),
     }
 
 
-def test_the_network_that_comes_with_the_clone_loads_to_the_bit(tmp_path):
-    path = next((ROOT / "checkpoints").glob("*.pt"))
-    model, content = checkpoint.load_model(path)
-    whole = torch.load(path, weights_only=True)
-    assert len(content["classes"]) == 10
-    assert "num_classes" not in content["surgery"]  # the class names say it
-    state = model.state_dict()
-    assert state.keys() == whole["state_dict"].keys()
-    assert all(torch.equal(state[key], value) for key, value in whole["state_dict"].items())
-    assert not model.training
-    assert checkpoint.is_checkpoint(path)
-    del whole["sha256"]
-    checkpoint.save(tmp_path / "again.pt", whole)
-    assert checkpoint.load(tmp_path / "again.pt").keys() == whole.keys()
-
-
-def test_a_checkpoint_of_other_classes_and_image_size_is_rebuilt_and_run_once(tmp_path, tiny):
+def test_a_checkpoint_that_is_saved_opens_with_its_classes_and_size(tmp_path, content):
     path = tmp_path / "it.pt"
-    checkpoint.save(path, tiny)
-    model, content = checkpoint.load_model(path)
-    assert content["classes"] == CLASSES
-    assert "state_dict" not in content
-    assert model.shown == [(1, 3, 48, 48)]
-    del tiny["image_size"]
-    checkpoint.save(path, tiny)
-    assert checkpoint.load_model(path)[0].shown == [(1, 3, 32, 32)]
+    checkpoint.save(path, content)
+    model = checkpoint.load_model(path)
+    assert model.classes == content["classes"]
+    assert model.side == 48
+    assert not any(module.training for module in model.modules())
+    assert model(torch.zeros(2, 30, 30, 3, dtype=torch.uint8)).shape == (2, 3)
+
+
+@pytest.mark.parametrize("key", checkpoint.FINISHED)
+def test_a_checkpoint_that_lacks_something_is_refused_by_name(tmp_path, content, key):
+    del content[key]
+    checkpoint.save(tmp_path / "it.pt", content)
+    with pytest.raises(UnusableInput, match=rf"it\.pt is no whole checkpoint: it lacks '{key}'"):
+        checkpoint.load_model(tmp_path / "it.pt")
 
 
 @pytest.mark.parametrize(
     ("change", "found"),
     [
-        ({"classes": ["only"]}, "'classes' is missing or odd"),
-        ({"classes": ["c"] * 1001}, "'classes' is missing or odd"),
-        ({"classes": ["a", 2, "c"]}, "'classes' is missing or odd"),
-        ({"classes": ["a", "b", "c", "d"]}, "shape (4, 3)"),
-        ({"std": [0.2, 0.0, 0.2]}, "'std'"),
-        ({"mean": [float("nan")] * 3}, "'mean'"),
-        ({"name": "../it"}, "'name'"),
-        ({"image_size": 10**6}, "'image_size'"),
-        ({"metrics": {"temperature": 0.0}}, "'metrics'"),
-        ({"state_dict": {}}, "'layer.weight' is missing"),
-        ({"state_dict": Tiny(3).state_dict() | {"\x1b[2J": torch.ones(1)}}, r"'\x1b[2J'"),
-        ({"state_dict": {"layer.weight": torch.full((3, 3), float("nan"))}}, "not finite"),
+        ({"arch": "resnet9"}, "architecture 'resnet9' is unknown"),
+        ({"surgery": {"depth": 3}}, "do not fit architecture custom_cnn"),
+        ({"classes": ["a", "b"]}, "weights do not fit its network (size mismatch"),
+        ({"state_dict": {"\x1b[2J": torch.ones(1)}}, r"\x1b[2J"),
     ],
 )
-def test_a_checkpoint_with_odd_content_is_refused_by_name(tmp_path, tiny, change, found):
-    path = tmp_path / "it.pt"
-    checkpoint.save(path, tiny | change)
-    with pytest.raises(UnusableInput, match=r"it\.pt is no whole checkpoint") as caught:
-        checkpoint.load_model(path)
+def test_a_checkpoint_of_another_network_is_refused_with_what_does_not_fit(
+    tmp_path, content, change, found
+):
+    checkpoint.save(tmp_path / "it.pt", content | change)
+    with pytest.raises(UnusableInput) as caught:
+        checkpoint.load_model(tmp_path / "it.pt")
     assert found in str(caught.value)
     assert str(caught.value).isprintable()
-
-
-def test_the_state_of_an_unfinished_run_is_no_checkpoint_and_says_so(tmp_path):
-    path = tmp_path / "it.resume.pt"
-    checkpoint.save_state(path, dict.fromkeys(checkpoint.STATE))
-    with pytest.raises(UnusableInput, match="state of an unfinished run: finish it with --resume"):
-        checkpoint.load_model(path)
 
 
 class Code:
@@ -273,46 +259,31 @@ class Code:
 
 
 def torchscript():
-    """The parts of an archive of torch.jit, which torch itself warns to make."""
     file = io.BytesIO()
-    with zipfile.ZipFile(file, "w") as archive:
-        for name in ("data.pkl", "constants.pkl", "code/__torch__.py", "version"):
-            archive.writestr(f"net/{name}", b"3\n")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch advises another way to export
+        torch.jit.save(torch.jit.script(nn.Linear(1, 1)), file)
     return file.getvalue()
 
 
-def unknown_name(name):
-    """A file of torch.save that names something with control characters in it."""
-    source, file = zipfile.ZipFile(io.BytesIO(saved({}))), io.BytesIO()
-    with source, zipfile.ZipFile(file, "w") as archive:
-        for member in source.infolist():
-            content = source.read(member)
-            if member.filename.endswith("data.pkl"):
-                content = b"\x80\x02c" + name + b"\nNet\n."
-            archive.writestr(member.filename, content)
-    return file.getvalue()
-
-
+OLD = {"_use_new_zipfile_serialization": False}
 NOT_OURS = {
     "module": (saved(nn.Linear(1, 1)), "a pickled torch.nn.modules.linear.Linear"),
-    "old module": (
-        saved(nn.Linear(1, 1), _use_new_zipfile_serialization=False),
-        "a pickled torch.nn.modules.linear.Linear",
-    ),
+    "old module": (saved(nn.Linear(1, 1), **OLD), "a pickled torch.nn.modules.linear.Linear"),
     "namespace": (saved({"args": argparse.Namespace(lr=1)}), "a pickled argparse.Namespace"),
     "numpy scalar": (saved({"accuracy": np.float64(0.9)}), "multiarray.scalar"),
-    "escapes": (unknown_name(b"\x1b[2Jmine"), r"a pickled \x1b[2Jmine.Net"),
     "torchscript": (torchscript(), "a TorchScript archive"),
     "state dict": (saved(nn.Linear(1, 1).state_dict()), "a state dict alone"),
     "list": (saved([1, 2]), "holds a list"),
     "other": (saved({"epoch": 1}), "its format is None, not 'cifar10-pytorch/1'"),
     "newer": (saved({"format": "cifar10-pytorch/2"}), "its format is 'cifar10-pytorch/2'"),
-    "not signed": (saved({"format": checkpoint.FORMAT}), "does not match its own SHA-256"),
-    "complex": (saved({"format": checkpoint.FORMAT, "x": 1j}), "more than plain values"),
+    "unfinished": (
+        saved({"format": checkpoint.FORMAT} | dict.fromkeys(checkpoint.STATE)),
+        "the state of an unfinished run: finish it with --resume",
+    ),
     "text": (b"<html>", "no file that torch.save wrote"),
     "empty": (b"", "no file that torch.save wrote"),
-    "cut": (saved({"x": torch.ones(999)})[:-200], "damaged, or no file that torch.save wrote"),
-    "many": (saved({"x": [torch.zeros(1000)] * 1000}), "the same tensor many times"),
+    "cut": (saved({"x": torch.ones(999)})[:-200], "it is damaged (File is not a zip file)"),
 }
 
 
@@ -333,34 +304,38 @@ def test_what_is_no_checkpoint_is_said_without_the_advice_of_torch(tmp_path, kin
 
 
 def test_a_path_without_a_file_to_read_is_refused(tmp_path):
-    for path, reason in ((tmp_path / "a\n.pt", "No such file"), (tmp_path, "it is no file")):
+    for path, reason in ((tmp_path / "a\n.pt", "No such file"), (tmp_path, "Is a directory")):
         with pytest.raises(UnusableInput, match=f"{reason}.*give .*train_custom.py") as caught:
             checkpoint.load_model(path)
         assert str(caught.value).isprintable()
 
 
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="fifo")
-def test_a_fifo_does_not_hang(tmp_path):
-    os.mkfifo(tmp_path / "x.pt")
-    with pytest.raises(UnusableInput, match="it is no file"):
-        checkpoint.load_model(tmp_path / "x.pt")
-
-
-def test_code_in_a_checkpoint_is_not_run(tmp_path):
+@pytest.mark.parametrize("pickled", [saved, pickle.dumps, lambda code: saved(code, **OLD)])
+def test_code_in_a_checkpoint_is_not_run(tmp_path, pickled):
     path = tmp_path / "evil.pt"
-    for content in (saved({"x": Code(tmp_path / "trace")}), pickle.dumps(Code(tmp_path / "trace"))):
-        path.write_bytes(content)
-        with pytest.raises(UnusableInput):
-            checkpoint.load_model(path)
+    path.write_bytes(pickled(Code(tmp_path / "trace")))
+    with pytest.raises(UnusableInput):
+        checkpoint.load_model(path)
     assert not (tmp_path / "trace").exists()
 
 
-def test_a_compressed_checkpoint_that_would_fill_the_memory_is_refused(tmp_path):
-    path = tmp_path / "bomb.pt"
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("x/data.pkl", bytes(10 << 20))
-    with pytest.raises(UnusableInput, match="compressed"):
-        checkpoint.load_model(path)
+def test_a_flipped_bit_is_found_or_does_not_reach_what_is_read(tmp_path):
+    path = tmp_path / "x.pt"
+    checkpoint.save(path, {"weight": torch.arange(40.0), "classes": ["cat", "dog"]})
+    content = path.read_bytes()
+    found = 0
+    for position in range(0, len(content), 5):
+        flipped = bytearray(content)
+        flipped[position] ^= 1 << (position % 8)
+        path.write_bytes(flipped)
+        try:
+            read = checkpoint.load(path)
+        except files.Unreadable:
+            found += 1
+        else:
+            assert read["classes"] == ["cat", "dog"]
+            assert torch.equal(read["weight"], torch.arange(40.0))
+    assert found > 100  # the others are padding, or said twice
 
 
 def a_state(step):
@@ -370,10 +345,6 @@ def a_state(step):
 def save_states(path):
     for step in (1, 2):
         checkpoint.save_state(path, a_state(step))
-
-
-def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.mark.parametrize("links", [True, False])
@@ -396,17 +367,16 @@ def test_a_damaged_newest_state_is_reported_and_the_one_before_it_used(tmp_path,
     save_states(path)
     content = bytearray(path.read_bytes())
     if damage == "cut":
-        del content[len(content) // 2 :]
+        path.write_bytes(content[: len(content) // 2])
     elif damage == "flipped":
         content[len(content) // 2] ^= 4
-    elif damage == "zeroed":
-        content[:] = bytes(len(content))
-    if damage == "missing":
-        path.unlink()
-    elif damage == "no state":
-        checkpoint.save(path, {"step": 2})
-    else:
         path.write_bytes(content)
+    elif damage == "zeroed":
+        path.write_bytes(bytes(len(content)))
+    elif damage == "missing":
+        path.unlink()
+    else:
+        checkpoint.save(path, {"step": 2})
     state, problems = checkpoint.load_state(path)
     assert state["step"] == 1
     assert len(problems) == (damage != "missing")
@@ -430,7 +400,6 @@ def test_a_damaged_newest_state_is_reported_and_the_one_before_it_used(tmp_path,
             MemoryError,
         ),
         (RuntimeError("not enough memory: you tried to allocate 4000 bytes."), MemoryError),
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), MemoryError),
         (OSError(errno.EIO, "Input/output error"), OSError),
     ],
 )
@@ -439,7 +408,7 @@ def test_a_shortage_while_resuming_does_not_take_the_older_state(
 ):
     path = tmp_path / "r.resume.pt"
     save_states(path)
-    before = contents(tmp_path)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
 
     def fail(*_, **__):
         raise error
@@ -449,20 +418,8 @@ def test_a_shortage_while_resuming_does_not_take_the_older_state(
         for load in (checkpoint.load_state, checkpoint.load):
             with pytest.raises(kind):
                 load(path)
-    assert contents(tmp_path) == before
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
     assert checkpoint.load_state(path)[0]["step"] == 2
-
-
-def test_a_file_that_asks_for_more_memory_than_it_has_bytes_is_damaged(tmp_path, monkeypatch):
-    path = tmp_path / "x.pt"
-    path.write_bytes(saved({}, _use_new_zipfile_serialization=False))
-
-    def fail(*_, **__):
-        torch.empty(10**15)
-
-    monkeypatch.setattr(torch, "load", fail)
-    with pytest.raises(ValueError, match="damaged"):
-        tensorfile.read(path)
 
 
 @pytest.mark.parametrize("links", [True, False])
