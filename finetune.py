@@ -9,10 +9,7 @@ from runs import run
 
 if TYPE_CHECKING:
     from data import Splits, TrainBatches
-    from pretrained import OperatedNetwork
-
-# What every torchvision network of 2015 to 2021 was trained with.
-IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    from pretrained import PretrainedNetwork
 
 EXAMPLES = """\
 examples:
@@ -36,7 +33,9 @@ def parse(argv: list[str] | None) -> FineTuneSettings:
     return recipes.finetune(vars(parser.parse_args(argv)))
 
 
-def parameter_groups(model: "OperatedNetwork", settings: FineTuneSettings) -> list[dict[str, Any]]:
+def parameter_groups(
+    model: "PretrainedNetwork", settings: FineTuneSettings
+) -> list[dict[str, Any]]:
     """Groups whose learning rates fall from the head to the stem, stage by stage."""
     import optimizers
 
@@ -46,6 +45,7 @@ def parameter_groups(model: "OperatedNetwork", settings: FineTuneSettings) -> li
         for group in optimizers.parameter_groups(
             stage,
             optimizer=settings.optimizer,
+            classifier=model.classifier,
             weight_decay=settings.weight_decay,
             lr_scale=settings.stage_lr_scale**depth,
         )
@@ -54,7 +54,7 @@ def parameter_groups(model: "OperatedNetwork", settings: FineTuneSettings) -> li
 
 def begin(
     settings: FineTuneSettings, splits: "Splits"
-) -> "tuple[OperatedNetwork, dict[str, Any], TrainBatches]":
+) -> "tuple[PretrainedNetwork, dict[str, Any], TrainBatches]":
     """The network before its weights are loaded, how it is built, and the batches it is to see."""
     import torch
 
@@ -77,12 +77,12 @@ def train(settings: FineTuneSettings, command: str) -> None:
     """Fine-tunes one network and leaves its checkpoint, numbers and pictures."""
     # Not at the top: --help is to answer, and Ctrl-C to be heeded, before torch is loaded.
     import engine
-    from data import ChannelStats, inputs
+    from data import inputs
     from optimizers import make_optimizer
-    from pretrained import freeze
+    from pretrained import IMAGENET_STATS, freeze
     from reports import evaluation, provenance
     from runs import loading
-    from runs.features import feature_inputs, of_trunk
+    from runs.features import cached, feature_inputs
     from runs.training import Training
     from runtime import processes
     from runtime.amx import as_products
@@ -94,7 +94,7 @@ def train(settings: FineTuneSettings, command: str) -> None:
     ):
         splits, source = loading.load_splits(settings, device)
         prepare()
-        splits = splits._replace(stats=ChannelStats(*IMAGENET))
+        splits = splits._replace(stats=IMAGENET_STATS)
 
         model, surgery, batches = begin(settings, splits)
         weights = loading.start_weights(model, settings.weights, settings.arch, splits.classes)
@@ -114,7 +114,7 @@ def train(settings: FineTuneSettings, command: str) -> None:
         begun, trained, judged = now(device), model, None
         if settings.cached:  # what is frozen is computed once; then only the rest is left to train
             trained = tail
-            batches, judged = of_trunk(trunk, batches, splits, precision, claimed.checkpoint_path)
+            batches, judged = cached(trunk, batches, splits, precision, claimed.checkpoint_path)
 
         def validate() -> tuple[float, float]:
             images = inputs(processes.own(splits.val.images), splits.stats, batches.side)

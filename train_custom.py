@@ -82,7 +82,7 @@ def train(settings: CustomSettings, command: str) -> None:
         precision = loading.settle_precision(settings, model, batches, claimed.state)
         as_products(model, precision, device)
 
-        groups = parameter_groups(model, **loading.grouping(settings))
+        groups = parameter_groups(model, classifier=model.classifier, **loading.grouping(settings))
         optimizer = make_optimizer(groups, settings.optimizer, settings.lr, precision)
         network = compile_or_not(processes.shared(model), settings.compile, device)
 

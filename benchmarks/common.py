@@ -102,7 +102,9 @@ class Job:
         groups = (
             finetune.parameter_groups(self.model, settings)
             if tuning
-            else parameter_groups(self.model, **loading.grouping(settings))
+            else parameter_groups(
+                self.model, classifier=self.model.classifier, **loading.grouping(settings)
+            )
         )
         self.optimizer = make_optimizer(groups, settings.optimizer, settings.lr, self.precision)
         network = compile_or_not(self.model, settings.compile, device)

@@ -2,10 +2,11 @@
 
 from typing import Any
 
-from config.settings import HARMLESS, CustomSettings, FineTuneSettings, Settings
+from config.settings import WITHOUT_EFFECT, CustomSettings, FineTuneSettings, Settings
 from errors import UnusableInput, printable
 
 # A flag that is given replaces the default.
+# A column is a recipe: the formatter would put each value on a line of its own.
 _RECIPES: dict[str, tuple] = {
     "recipe":             ("classic",   "modern",      "speedrun", "best"),
     "network":            ("tutorial",  "wide",        "slim",     "widest"),
@@ -36,27 +37,57 @@ BY_RECIPE = {
 
 # What is fine-tuned. The learning rate is the new classifier's; earlier stages get less, for their
 # filters are to be adapted, not unlearned.
-_USUAL: dict[str, Any] = {
-    **{"unfreeze": "last", "image_size": 80, "small_first": "", "epochs": 5, "batch_size": 128},
-    **{"lr": 1e-3, "stage_lr_scale": 0.6, "warmup": 0.1, "weight_decay": 0.05, "dropout": 0.2},
-    **{"label_smoothing": 0.1, "flip": "alternating", "translate": 0, "cutout": 0},
+_FINE_TUNING: dict[str, Any] = {
+    "unfreeze": "last",
+    "image_size": 80,
+    "small_first": "",
+    "epochs": 5,
+    "batch_size": 128,
+    "lr": 1e-3,
+    "stage_lr_scale": 0.6,
+    "warmup": 0.1,
+    "weight_decay": 0.05,
+    "dropout": 0.2,
+    "label_smoothing": 0.1,
+    "flip": "alternating",
+    "translate": 0,
+    "cutout": 0,
     "val_fraction": 0.04,
-}
-_WHOLE = {"unfreeze": "all", "epochs": 10, "translate": 2}
-# What it begins from need not be an ImageNet classifier: all of it wants to move.
-_MOBILE = {"image_size": 96, "epochs": 7, "lr": 3e-3, "stage_lr_scale": 1.0}
-BY_NETWORK = {
-    "vgg19": _USUAL | {"epochs": 4},
-    "resnet18": _USUAL | _WHOLE | {"unfreeze": "most", "image_size": 128, "epochs": 4},
-    "resnet50": _USUAL | _WHOLE | {"image_size": 96, "epochs": 3, "lr": 6e-4},
-    "mobilenet_v3_small": _USUAL | _WHOLE | _MOBILE,
 }
 # What changes with the part that trains: moved images have no output that could be kept.
 BY_PART: dict[str, dict[str, Any]] = {
     "head": {"epochs": 10, "lr": 1e-3, "translate": 0},
     "last": {"epochs": 5, "lr": 1e-3, "translate": 0},
-    "most": _WHOLE,
-    "all": _WHOLE,
+    "most": {"epochs": 10, "translate": 2},
+    "all": {"epochs": 10, "translate": 2},
+}
+BY_NETWORK = {
+    "vgg19": {**_FINE_TUNING, "epochs": 4},
+    "resnet18": {
+        **_FINE_TUNING,
+        "unfreeze": "most",
+        "image_size": 128,
+        "epochs": 4,
+        "translate": 2,
+    },
+    "resnet50": {
+        **_FINE_TUNING,
+        "unfreeze": "all",
+        "image_size": 96,
+        "epochs": 3,
+        "lr": 6e-4,
+        "translate": 2,
+    },
+    # What it begins from need not be an ImageNet classifier: all of it wants to move.
+    "mobilenet_v3_small": {
+        **_FINE_TUNING,
+        "unfreeze": "all",
+        "image_size": 96,
+        "epochs": 7,
+        "lr": 3e-3,
+        "stage_lr_scale": 1.0,
+        "translate": 2,
+    },
 }
 # Nothing to keep, more to learn.
 FROM_SCRATCH: dict[str, Any] = {"unfreeze": "all", "stage_lr_scale": 1.0, "epochs": 10}
@@ -84,7 +115,8 @@ def finetune(given: dict[str, Any]) -> FineTuneSettings:
     if part != usual:
         defaults |= BY_PART.get(part, {})
     chosen = FineTuneSettings(**defaults | given)
-    if chosen.cached and (chosen.translate or chosen.cutout or chosen.small_first):
+    changes_input = chosen.translate or chosen.cutout or chosen.small_first
+    if chosen.cached and changes_input:
         raise UnusableInput(
             "--translate, --cutout and --small-first change the input of the frozen part, whose "
             "output is kept: add --no-cache, or leave them out"
@@ -100,8 +132,13 @@ def _named(table: dict[str, dict[str, Any]], name: str) -> dict[str, Any]:
 
 def changed(settings: Settings) -> dict[str, Any]:
     """What differs from the recipe's or network's defaults, files and names aside."""
-    usual = {"recipe": settings.recipe} if isinstance(settings, CustomSettings) else {}
-    usual = custom(usual) if usual else finetune({"arch": settings.arch})
-    ignored = {"run_name", "seed", "device", *HARMLESS}
-    before = usual.plain()
-    return {k: v for k, v in settings.plain().items() if v != before[k] and k not in ignored}
+    if isinstance(settings, CustomSettings):
+        usual = custom({"recipe": settings.recipe}).plain()
+    else:
+        usual = finetune({"arch": settings.arch}).plain()
+    ignored = {"run_name", "seed", "device", *WITHOUT_EFFECT}
+    return {
+        name: value
+        for name, value in settings.plain().items()
+        if name not in ignored and value != usual[name]
+    }

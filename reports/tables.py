@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from config.settings import HARMLESS
+from config.settings import WITHOUT_EFFECT
 from errors import printable
 from reports import pages
 from storage.files import locked, write_atomically
@@ -149,7 +149,7 @@ def _row(run_dir: Path) -> Row:
             raise ValueError(f"its {name} {value!r} is no number")
     config = run.get("config", {})
     environment = run.get("environment", {})
-    ignored = {"seed", "run_name", "device", "network", *HARMLESS}  # the surgery says which
+    ignored = {"seed", "run_name", "device", "network", *WITHOUT_EFFECT}  # the surgery says which
     settings = {k: v for k, v in (ABSENT | config).items() if k not in ignored}
     unfreeze = config.get("unfreeze")
     recipe = config.get("recipe") or (f"fine-tune {unfreeze}" if unfreeze else None)

@@ -115,7 +115,7 @@ def _of_checkpoint(
         raise UnusableInput(f"--weights {printable(path)}: holds a {content['arch']}, not a {arch}")
     state, own = trained.state_dict(), model.state_dict()
     if content["classes"] != list(classes):  # its last layer names other things
-        last = list(own)[-1].rpartition(".")[0] + "."
+        last = model.classifier_name + "."
         state |= {key: value for key, value in own.items() if key.startswith(last)}
     return state
 
@@ -143,7 +143,7 @@ def train_batches(settings: Settings, splits: Splits, side: int) -> TrainBatches
         augmentation=Augmentation(**{name: getattr(settings, name) for name in names}),
         seed=settings.seed,
         side=side,
-        small_first=sizes(settings.small_first),
+        resizing=sizes(settings.small_first),
         num_epochs=settings.epochs,
         part=(processes.RANK, processes.SIZE),
     )

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from config.settings import HARMLESS, Settings, flag, typed
+from config.settings import WITHOUT_EFFECT, Settings, flag, typed
 from errors import AlreadyFinished, Stopped, UnusableInput, printable
 from storage.files import holder, locked, previous, read_json
 
@@ -194,7 +194,7 @@ def _check_same(settings: Settings, saved: dict[str, Any], name: str) -> None:
     different = [
         f"{typed(key, value)} (was {typed(key, saved[key]).removeprefix(flag(key) + ' ')})"
         for key, value in settings.plain().items()
-        if key not in HARMLESS and key != "run_name" and saved.get(key, value) != value
+        if key not in WITHOUT_EFFECT and key != "run_name" and saved.get(key, value) != value
     ]
     if different:
         raise UnusableInput(
