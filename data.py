@@ -193,7 +193,7 @@ class Draws(NamedTuple):
 _ORDER = 1
 _FIRST_FLIP = 2
 
-# Values that a GPU is given at a time: with fewer, loading a batch takes as long as launching it.
+# A GPU's batches are made together, up to so many values: one alone is too little work for it.
 _VALUES_AT_ONCE = 2**26
 
 
@@ -261,7 +261,10 @@ class TrainBatches:
     def side_at(self, epoch: int, step: int) -> int:
         """Side of the network's input in a step, pixels."""
         done = (epoch * self.num_steps + step) / (self.num_epochs * self.num_steps)
-        return next((side for share, side in self.small_first if done < share), self.side)
+        for share, side in self.resizing:
+            if done < share:
+                return side
+        return self.side
 
     def share_done(self, epoch: int, step: int) -> float:
         """Share of the training's operations that lie before a step; large images take more."""

@@ -114,7 +114,7 @@ def test_batches_depend_on_seed_epoch_and_step_alone_and_parts_of_processes_make
 
 
 def test_small_images_come_first_and_the_share_of_the_work_rises_to_one(split):
-    plan = {"small_first": ((0.3, 16), (0.6, 24)), "num_epochs": 2}
+    plan = {"resizing": ((0.3, 16), (0.6, 24)), "num_epochs": 2}
     loader = batches(split, 32, **plan)  # 2 epochs of 10 steps
     sides = [x.shape[2] for epoch in (0, 1) for x, _ in loader.epoch(epoch)]
     assert sides == [16] * 6 + [24] * 6 + [32] * 8

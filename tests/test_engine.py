@@ -52,14 +52,21 @@ def test_engine_alone_trains_a_small_network(tmp_path):
 def beginning(kind="adamw"):
     """A network with everything in it that a step could change, and its optimiser."""
     torch.manual_seed(0)
-    conv = nn.Conv2d(3, 8, 3, bias=False)
-    head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10)
-    model = nn.Sequential(conv, nn.BatchNorm2d(8), nn.GELU(), *head)
-    return model, optimizer_of(model, kind)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, bias=False),
+        nn.BatchNorm2d(8),
+        nn.GELU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, 10),
+    )
+    return model, optimizer_of(model, model[-1], kind)
 
 
-def optimizer_of(model, kind):
-    groups = parameter_groups(model, optimizer=kind, weight_decay=0.1, muon_lr_scale=50)
+def optimizer_of(model, classifier, kind):
+    groups = parameter_groups(
+        model, optimizer=kind, classifier=classifier, weight_decay=0.1, muon_lr_scale=50
+    )
     return make_optimizer(groups, kind, 3e-3, "fp32")
 
 
@@ -108,10 +115,10 @@ def test_training_yields_each_step_and_each_end_of_an_epoch_with_sums_of_the_epo
     assert not any(map(torch.equal, begun, model.parameters()))
 
 
-@pytest.mark.parametrize("small_first", [(), ((0.3, 16), (0.7, 24))])
+@pytest.mark.parametrize("resizing", [(), ((0.3, 16), (0.7, 24))])
 @pytest.mark.parametrize("kind", ["adamw", "sgd", "muon"])
-def test_training_entered_within_an_epoch_gives_the_same_bits(sample, kind, small_first):
-    loader = batches(sample, small_first=small_first)
+def test_training_entered_within_an_epoch_gives_the_same_bits(sample, kind, resizing):
+    loader = batches(sample, resizing=resizing)
     whole, half, rest = beginning(kind), beginning(kind), beginning(kind)
     *_, end = engine.train(*whole, loader, **LEARNING)
     for at in engine.train(*half, loader, **LEARNING):
@@ -158,11 +165,14 @@ def test_a_step_that_is_not_finite_changes_nothing_at_all(kind, fault, good_befo
 def test_weight_decay_spares_biases_and_batchnorm_except_with_adam_and_muon():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 2))
     for optimizer, decayed in (("adamw", 2), ("sgd", 2), ("adam", 6)):
-        groups = parameter_groups(model, optimizer=optimizer, weight_decay=0.1)
+        groups = parameter_groups(
+            model, optimizer=optimizer, classifier=model[-1], weight_decay=0.1
+        )
         assert sum(len(g["params"]) for g in groups) == 6
         assert sum(len(g["params"]) for g in groups if g["weight_decay"]) == decayed
-    options = {"optimizer": "muon", "weight_decay": 0.2, "bias_lr_scale": 5000}
-    classifier, vectors, _ = parameter_groups(model, **options)
+    classifier, vectors, _ = parameter_groups(
+        model, optimizer="muon", classifier=model[-1], weight_decay=0.2, bias_lr_scale=5000
+    )
     assert vectors["lr_scale"] * vectors["weight_decay"] == pytest.approx(0.2)
     assert classifier["weight_decay"] == 0.2  # both shrink alike in a step
 
@@ -240,9 +250,11 @@ class NoDoubles(TorchDispatchMode):
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_training_and_prediction_need_no_double_on_the_device(sample, kind):
-    loader, model = batches(sample, small_first=((0.5, 24),)), models.CustomCNN()
+    loader, model = batches(sample, resizing=((0.5, 24),)), models.CustomCNN()
     with NoDoubles():
-        for _ in engine.train(model, optimizer_of(model, kind), loader, epochs=1, lr=1e-3):
+        for _ in engine.train(
+            model, optimizer_of(model, model.classifier, kind), loader, epochs=1, lr=1e-3
+        ):
             pass
         engine.predict(model, data.inputs(loader.split.images, loader.stats, 32), tta="crops")
     with pytest.raises(AssertionError), NoDoubles():
@@ -305,20 +317,27 @@ def test_processors_with_amx_convolve_small_maps_as_products_in_bf16_alone(monke
 @pytest.mark.parametrize(
     "changes",
     [
-        *({}, {"stride": 2}, {"dilation": 2}, {"padding": 0}, {"groups": 2}),
-        *({"padding_mode": "reflect"}, {"kernel_size": 5}, {"out_channels": 128}),
+        {},
+        {"stride": 2},
+        {"dilation": 2},
+        {"padding": 0},
+        {"groups": 2},
+        {"padding_mode": "reflect"},
+        {"kernel_size": 5},
+        {"out_channels": 128},
     ],
 )
 def test_only_what_products_compute_faster_takes_that_way(monkeypatch, changes):
     monkeypatch.setattr(amx, "cpu_features", lambda: {"amx_bf16": True})
     usual = {"in_channels": 256, "out_channels": 256, "kernel_size": 3, "padding": 1}
-    conv, x = nn.Conv2d(**usual | changes), torch.randn(4, 256, 4, 4)
-    expected = engine.forward(conv, x, "bf16")
-    amx.as_products(conv, "bf16", torch.device("cuda"))
-    assert type(conv) is nn.Conv2d
-    amx.as_products(conv, "bf16", CPU)
-    assert type(conv) is (nn.Conv2d if changes else amx.SmallMapConv2d)
-    assert (engine.forward(conv, x, "bf16") - expected).norm() <= 0.01 * expected.norm()
+    model = nn.Sequential(nn.Conv2d(**usual | changes))
+    x = torch.randn(4, 256, 4, 4)
+    expected = engine.forward(model, x, "bf16")
+    amx.as_products(model, "bf16", torch.device("cuda"))
+    assert type(model[0]) is nn.Conv2d
+    amx.as_products(model, "bf16", CPU)
+    assert type(model[0]) is (nn.Conv2d if changes else amx.SmallMapConv2d)
+    assert (engine.forward(model, x, "bf16") - expected).norm() <= 0.01 * expected.norm()
 
 
 PROBED = nn.Sequential(nn.BatchNorm2d(3), nn.Dropout(0.5), nn.Flatten(), nn.Linear(3072, 10))

@@ -22,8 +22,8 @@ def test_custom_cnn_has_six_padded_convolutions_with_batchnorm_and_three_linear_
 
 def test_parameter_counts():
     counts = [
-        provenance.num_parameters(models.create_model("custom_cnn", surgery, 10))["total"]
-        for surgery in models.NETWORKS.values()
+        provenance.num_parameters(models.create_model("custom_cnn", arguments, 10))["total"]
+        for arguments in models.NETWORKS.values()
     ]
     assert counts == [355_050, 2_235_672, 3_975_704, 5_000_472, 18_346_520]
 
@@ -44,8 +44,7 @@ def test_whitening_makes_the_channels_of_real_patches_uncorrelated_and_no_filter
 
 
 def test_layers_begin_by_passing_their_input_through(sample):
-    surgery = models.NETWORKS["wide"]
-    model = models.create_model("custom_cnn", surgery, 10)
+    model = models.create_model("custom_cnn", models.NETWORKS["wide"], 10)
     x = normalised(sample["train_images"][:64])
     models.begin_from_images(model, x)
     whitening, *convs = (m for m in model.features if isinstance(m, models.Whitening | nn.Conv2d))
@@ -55,14 +54,14 @@ def test_layers_begin_by_passing_their_input_through(sample):
     for conv in convs:
         features = torch.randn(1, conv.in_channels, 8, 8)
         torch.testing.assert_close(conv(features)[:, : conv.in_channels], features)
-    pooled = torch.randn(2, model.head[-1].in_features)
+    pooled = torch.randn(2, model.classifier.in_features)
     assert torch.equal(model.head[0](pooled), pooled)  # adds nothing yet
     counts = provenance.num_parameters(model)  # all but BatchNorm's scales train
     scales = sum(m.weight.numel() for m in model.modules() if "BatchNorm" in type(m).__name__)
     assert counts["total"] - counts["trainable"] == scales > 0
 
 
-def test_unknown_architecture_and_settings_are_refused():
+def test_unknown_architecture_and_arguments_are_refused():
     with pytest.raises(ValueError, match="'resnet19' is unknown"):
         models.create_model("resnet19", {}, 10)
     with pytest.raises(ValueError, match="do not fit"):
