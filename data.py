@@ -163,13 +163,19 @@ class Augmentation:
     Attributes:
         flip: "none", "random" (each image by a coin every epoch) or "alternating" (a coin in the
             first epoch, then every second epoch; Jordan 2024, arXiv:2404.00498).
-        translate: moves by up to that many pixels and reflects the border.
-        cutout: side of a blanked square, pixels (DeVries and Taylor 2017, arXiv:1708.04552).
+        translate: moves by up to that many 32nds of the image's side and reflects the border.
+        cutout: side of a blanked square, 32nds of the image's (DeVries and Taylor 2017,
+            arXiv:1708.04552); of CIFAR-10's images both are pixels.
     """
 
     flip: str = "none"
     translate: int = 0
     cutout: int = 0
+
+
+def pixels(share: int, side: int) -> int:
+    """So many 32nds of a side in pixels, rounded."""
+    return round(share * side / 32)
 
 
 class Draws(NamedTuple):
@@ -240,6 +246,9 @@ class TrainBatches:
         self.resizing = resizing
         self.num_epochs = num_epochs
         self.part = part
+        stored = min(split.images.shape[1:3])
+        self.reach = pixels(augmentation.translate, stored)
+        self.hole = pixels(augmentation.cutout, stored)
         self.num_images = len(split.labels)  # of an epoch
         self.num_steps = math.ceil(self.num_images / batch_size)  # of an epoch
         self.flipped_first = torch.rand(self.num_images, generator=self._stream(_FIRST_FLIP)) < 0.5
@@ -299,8 +308,8 @@ class TrainBatches:
         images, labels = self.split
         draws = draws.to(labels.device)
         x = normalize(gather(images, draws.chosen, draws.flipped, draws.shifts), self.stats)
-        if self.augmentation.cutout:
-            x = erase(x, draws.corners, self.augmentation.cutout)
+        if self.hole:
+            x = erase(x, draws.corners, self.hole)
         return resize(x, side), labels[draws.chosen]
 
     def _stream(self, *key: int) -> torch.Generator:
@@ -316,10 +325,9 @@ class TrainBatches:
             flipped = self.flipped_first[chosen] ^ (epoch % 2 == 1)
         else:
             flipped = coins < (0.5 if self.augmentation.flip == "random" else 0)
-        reach = self.augmentation.translate
-        shifts = torch.randint(-reach, reach + 1, (count, 2), generator=stream)
+        shifts = torch.randint(-self.reach, self.reach + 1, (count, 2), generator=stream)
         height, width = self.split.images.shape[1:3]
-        nearest = min(1 - self.augmentation.cutout, 0)  # it may hang over, as in the paper
+        nearest = min(1 - self.hole, 0)  # it may hang over the border, as in the paper
         rows = torch.randint(nearest, height, (count,), generator=stream)
         columns = torch.randint(nearest, width, (count,), generator=stream)
         return Draws(chosen, flipped, shifts, torch.stack([rows, columns], 1))

@@ -29,7 +29,8 @@ def parse(argv: list[str] | None) -> CustomSettings:
     Raises:
         UnusableInput: a flag is unknown or its value breaks a rule.
     """
-    parser = commandline.Parser("train_custom.py", __doc__, EXAMPLES)
+    epilog = f"{recipes.help_on_optimizers()}\n\n{EXAMPLES}"
+    parser = commandline.Parser("train_custom.py", __doc__, epilog)
     commandline.add_flags(parser, CustomSettings, recipes.BY_RECIPE, CustomSettings.recipe)
     return recipes.custom(vars(parser.parse_args(argv)))
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from config.settings import WITHOUT_EFFECT, CustomSettings, FineTuneSettings, Settings
+from config.settings import WITHOUT_EFFECT, CustomSettings, FineTuneSettings, Settings, flag
 from errors import UnusableInput, printable
 
 # A flag that is given replaces the default.
@@ -29,6 +29,21 @@ _RECIPES: dict[str, tuple] = {
     "small_first":        ("",          "0.5:24",      "0.5:24",   "0.5:24"),
     "val_fraction":       (0.04,        0.02,          0.02,       0.02),
 }  # fmt: skip
+
+# What an optimiser needs: defaults that come with `--optimizer` where it is not the recipe's own.
+# A recipe's own rates were found for its optimiser and network; these also suit the other networks.
+BY_OPTIMIZER: dict[str, dict[str, float]] = {
+    "adam": {"lr": 1e-3, "warmup": 0.0, "weight_decay": 0.01, "bias_lr_scale": 1.0},
+    "adamw": {"lr": 8e-3, "warmup": 0.2, "weight_decay": 0.5, "bias_lr_scale": 20.0},
+    "sgd": {"lr": 0.1, "warmup": 0.2, "weight_decay": 5e-4, "bias_lr_scale": 1.0},
+    "muon": {
+        "lr": 0.01,
+        "muon_lr": 0.17,
+        "warmup": 0.0,
+        "weight_decay": 0.2,
+        "bias_lr_scale": 10.0,
+    },
+}
 
 BY_RECIPE = {
     name: {key: row[column] for key, row in _RECIPES.items() if key != "recipe"}
@@ -94,11 +109,27 @@ FROM_SCRATCH: dict[str, Any] = {"unfreeze": "all", "stage_lr_scale": 1.0, "epoch
 
 
 def custom(given: dict[str, Any]) -> CustomSettings:
-    """The settings of a training from scratch: what was given, over the recipe's defaults."""
+    """The settings of a training from scratch: what was given, over the defaults.
+
+    Those are the recipe's; where another optimiser is given than its own, what that one needs
+    replaces what belongs to the recipe's.
+    """
     defaults = _named(BY_RECIPE, given.get("recipe", CustomSettings.recipe))
+    optimizer = given.get("optimizer", defaults["optimizer"])
+    if optimizer != defaults["optimizer"]:
+        defaults |= BY_OPTIMIZER.get(optimizer, {})
     if given.get("image_size", 32) != 32:  # the small sides are for that one
         defaults["small_first"] = ""
     return CustomSettings(**defaults | given)
+
+
+def help_on_optimizers() -> str:
+    """What `--help` says of the defaults that come with an optimiser."""
+    lines = ["defaults that come with --optimizer where the recipe has another one:"]
+    for name, defaults in BY_OPTIMIZER.items():
+        flags = " ".join(f"{flag(key)} {value:g}" for key, value in defaults.items())
+        lines.append(f"  {name:5} {flags}")
+    return "\n".join(lines)
 
 
 def finetune(given: dict[str, Any]) -> FineTuneSettings:

@@ -85,7 +85,11 @@ class Settings:
 
     batch_size: int = setting(None, FIT, "images a step learns from", at_least=4)
     lr: float = setting(
-        None, FIT, "peak learning rate: how far a step goes", at_least=1e-9, below=1e4
+        None,
+        FIT,
+        "peak learning rate: how far a step goes; with muon of the classifier and, scaled, biases",
+        at_least=1e-9,
+        below=1e4,
     )
     warmup: float = setting(
         None, FIT, "share of the steps in which the learning rate rises", at_least=0, below=1
@@ -100,10 +104,13 @@ class Settings:
         "mirror images: by a coin, or every second epoch",
         choices=("none", "random", "alternating"),
     )
+    # One unit for images of all sizes; CIFAR-10's have 32 pixels.
     translate: int = setting(
-        None, LOOK, "move images by up to so many pixels", at_least=0, below=513
+        None, LOOK, "move images by up to so many 32nds of their side", at_least=0, below=32
     )
-    cutout: int = setting(None, LOOK, "blank a square of this side, pixels", at_least=0, below=513)
+    cutout: int = setting(
+        None, LOOK, "blank a square of so many 32nds of an image's side", at_least=0, below=33
+    )
     small_first: str = setting(
         None,
         LOOK,
@@ -173,7 +180,10 @@ class CustomSettings(Settings):
         choices=("tutorial", "slim", "wide", "wider", "widest"),
     )
     optimizer: str = setting(
-        None, FIT, "how gradients become steps", choices=("adam", "adamw", "sgd", "muon")
+        None,
+        FIT,
+        "how gradients become steps; another than the recipe's brings the defaults below",
+        choices=("adam", "adamw", "sgd", "muon"),
     )
     schedule: str = setting(None, FIT, "how the learning rate falls", choices=("cosine", "linear"))
     bias_lr_scale: float = setting(

@@ -54,10 +54,6 @@ def load_splits(settings: Settings, device: torch.device) -> tuple[Splits, dict[
         more = -(-FEW_STEPS // -(-size // 32))
         print(f"{steps} steps are few to learn in: try --batch-size 32 --epochs {more}")
     shape = list(splits.train.images.shape[1:3])  # (H, W)
-    if settings.translate >= min(shape):
-        raise UnusableInput(
-            f"--translate {settings.translate}: the images have {min(shape)} pixels; move them less"
-        )
     return splits, source | {"image_shape": shape, "classes": len(splits.classes)}
 
 

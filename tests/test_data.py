@@ -160,6 +160,21 @@ def test_cutout_blanks_one_square_to_the_mean():
     assert (x[0, :, :5, 4:12] == 0).all()
 
 
+@pytest.mark.parametrize("stored", [32, 96])
+def test_translation_and_cutout_take_the_same_share_of_images_of_all_sizes(stored):
+    rows = torch.arange(stored, dtype=torch.uint8)[None, :, None, None]
+    images = rows.expand(200, stored, stored, 3) + 100
+    split = data.Split(images, torch.arange(200))
+    stats = data.ChannelStats((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    moved = data.TrainBatches(split, stats, 200, augmentation=data.Augmentation(translate=2))
+    x, _ = next(moved.epoch(0))
+    middle = 255 * x[:, 0, stored // 2, 0] - 100 - stored // 2  # by how far each image has moved
+    assert (middle.min().round(), middle.max().round()) == (-stored // 16, stored // 16)
+    blanked = data.TrainBatches(split, stats, 200, augmentation=data.Augmentation(cutout=8))
+    x, _ = next(blanked.epoch(0))
+    assert (x[:, 0] == 0).flatten(1).sum(1).max() == (stored // 4) ** 2
+
+
 def test_inputs_are_normalised_whole_and_fewer_at_a_time_where_they_are_large(split):
     stats = data.channel_stats(split.images.numpy())
     plain = torch.cat(list(data.inputs(split.images, stats, 32)))

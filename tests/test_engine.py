@@ -16,7 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import data
 import engine
 import models
+import train_custom
+from config import recipes
 from optimizers import make_optimizer, parameter_groups
+from runs import loading
 from runtime import amx, device, processes
 from storage.checkpoint import digest
 
@@ -196,6 +199,88 @@ def test_muon_moves_convolutions_alike_in_all_directions():
     torch.testing.assert_close(moved, moved.diag().diag(), atol=1e-3, rtol=0)
 
 
+@pytest.mark.parametrize("kind", ["adam", "adamw", "sgd", "muon"])
+def test_an_optimiser_also_steps_outside_the_loop(kind):
+    model, optimizer = beginning(kind)
+    before = [p.detach().clone() for p in model.parameters()]
+    logits = model(torch.randn(16, 3, 8, 8))
+    F.cross_entropy(logits, torch.arange(16) % 10).backward()
+    optimizer.step()
+    assert not any(map(torch.equal, before, model.parameters()))
+
+
+@pytest.mark.parametrize("optimizer", recipes.BY_OPTIMIZER)
+@pytest.mark.parametrize("recipe", recipes.BY_RECIPE)
+def test_every_recipe_trains_with_every_optimiser(sample, monkeypatch, recipe, optimizer):
+    thin = {"widths": (16, 16, 32, 32, 64, 64), "hidden": (64, 64)}
+    monkeypatch.setattr(
+        models, "NETWORKS", {name: given | thin for name, given in models.NETWORKS.items()}
+    )
+    few = {"batch_size": 20, "epochs": 2, "label_smoothing": 0.0, "cutout": 0, "small_first": ""}
+    settings = recipes.custom({"recipe": recipe, "optimizer": optimizer, **few})
+    # Three classes that colour tells apart: those of 320 photographs take longer to learn.
+    images = torch.from_numpy(sample["train_images"] // 2)
+    labels = torch.arange(len(images)) % 3
+    images[torch.arange(len(images)), :, :, labels] += 100
+    split = data.Split(images, labels)
+    stats = data.channel_stats(images.numpy())
+    splits = data.Splits(("red", "green", "blue"), stats, split, None, split)
+    model, _, loader = train_custom.begin(settings, splits)
+    groups = parameter_groups(model, classifier=model.classifier, **loading.grouping(settings))
+    optimizer = make_optimizer(groups, settings.optimizer, settings.lr, "fp32")
+    assert min(group["lr_scale"] for group in groups) > 0
+    for _ in engine.train(model, optimizer, loader, **loading.learning(settings)):
+        pass
+    loss, accuracy = engine.evaluate(model, data.inputs(images, stats, 32), labels)
+    assert loss < 0.5 * np.log(3)
+    assert accuracy > 0.9
+
+
+class Few:
+    """Batches whose channels lie about 5, with a deviation of 2."""
+
+    num_images = 480
+
+    def __init__(self, num_steps):
+        self.num_steps = num_steps
+        self.x = 5 + 2 * torch.randn(num_steps, 16, 3, 8, 8)
+
+    def epoch(self, epoch, first_step=0):
+        for x in self.x[first_step:]:
+            yield x, torch.arange(16) % 2
+
+
+def test_statistics_of_other_pictures_are_gone_after_one_step_and_batches_average_after_a_few():
+    torch.manual_seed(0)
+    for num_steps in (1, 3, 12):
+        model = nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(192, 2))
+        model[0].running_mean.fill_(100.0)
+        model[0].running_var.fill_(100.0)
+        loader = Few(num_steps)
+        optimizer = optimizer_of(model, model[-1], "sgd")
+        for _ in engine.train(model, optimizer, loader, epochs=1, lr=1e-3):
+            pass
+        weights = (torch.arange(num_steps) + 1.0) * (torch.arange(num_steps) + 2)
+        weights = weights * (torch.arange(num_steps) + 3)
+        means = loader.x.mean((1, 3, 4))
+        variances = loader.x.transpose(1, 2).flatten(2).var(2)
+        for average, each in ((model[0].running_mean, means), (model[0].running_var, variances)):
+            expected = (weights[:, None] * each).sum(0) / weights.sum()
+            torch.testing.assert_close(average, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_statistics_of_long_trainings_are_those_of_the_momentum():
+    loader = Few(200)
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(192, 2))
+    usual = nn.BatchNorm2d(3)
+    for _ in engine.train(model, optimizer_of(model, model[-1], "sgd"), loader, epochs=1, lr=1e-3):
+        pass
+    for x in loader.x:
+        usual(x)
+    torch.testing.assert_close(model[0].running_mean, usual.running_mean, rtol=1e-6, atol=0)
+    torch.testing.assert_close(model[0].running_var, usual.running_var, rtol=1e-6, atol=0)
+
+
 def test_frozen_batchnorm_statistics_do_not_move():
     frozen, trained = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
     frozen.requires_grad_(False)
@@ -292,10 +377,14 @@ def test_processors_with_amx_convolve_small_maps_as_products_in_bf16_alone(monke
         logits.square().sum().backward()
         return model, logits, [p.grad for p in model.parameters() if p.requires_grad]
 
-    taken, convolve = [], amx.convolve
-    monkeypatch.setattr(
-        amx, "convolve", lambda x, w: taken.append(tuple(x.shape)) or convolve(x, w)
-    )
+    taken = []
+    convolve = amx.convolve
+
+    def noted(x, weight):
+        taken.append(tuple(x.shape))
+        return convolve(x, weight)
+
+    monkeypatch.setattr(amx, "convolve", noted)
     torch.manual_seed(0)
     x = torch.randn(16, 3, 24, 24)
     weights = models.CustomCNN(**models.NETWORKS["wide"]).state_dict()
@@ -303,7 +392,8 @@ def test_processors_with_amx_convolve_small_maps_as_products_in_bf16_alone(monke
     _, logits, gradients = trained("bf16")
     monkeypatch.setattr(amx, "cpu_features", lambda: {"amx_bf16": True})
     model, near, near_gradients = trained("bf16")
-    kinds = [type(module) for module in model.features if isinstance(module, nn.Conv2d)]
+    convolutions = (nn.Conv2d, amx.SmallMapConv2d)
+    kinds = [type(module) for module in model.features if isinstance(module, convolutions)]
     assert kinds == [nn.Conv2d] * 3 + [amx.SmallMapConv2d] * 3
     assert list(model.state_dict()) == list(weights)
     for a, b in zip([logits, *gradients], [near, *near_gradients], strict=True):
