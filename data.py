@@ -330,7 +330,8 @@ class TrainBatches:
         nearest = min(1 - self.hole, 0)  # it may hang over the border, as in the paper
         rows = torch.randint(nearest, height, (count,), generator=stream)
         columns = torch.randint(nearest, width, (count,), generator=stream)
-        return Draws(chosen, flipped, shifts, torch.stack([rows, columns], 1))
+        corners = torch.stack([rows, columns], 1)
+        return Draws(chosen, flipped, shifts, corners)
 
 
 def gather(images: Tensor, chosen: Tensor, flipped: Tensor, shifts: Tensor) -> Tensor:
