@@ -1,8 +1,8 @@
 """From arrays of pictures to augmented, normalised batches that already lie on the device."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import takewhile
 from typing import NamedTuple
 
 import numpy as np
@@ -103,12 +103,14 @@ def channel_stats(images: np.ndarray) -> ChannelStats:
     The deviation is that of all pixels, not the mean of per-image deviations (0.2023, ...) that
     many repositories copy from each other.
     """
-    pixels, values = torch.from_numpy(images).reshape(-1, 3), torch.arange(256)
+    pixels = torch.from_numpy(images).reshape(-1, 3)
+    values = torch.arange(256)
     counts = torch.stack([torch.bincount(channel, minlength=256) for channel in pixels.T])
-    sums = ((counts * values**power).sum(1).double() for power in (1, 2))
-    mean, squares = (total / len(pixels) for total in sums)
-    std = (squares - mean**2).clamp(min=1e-4).sqrt()  # one flat colour: no division by 0
-    return ChannelStats(*(tuple((value / 255).tolist()) for value in (mean, std)))
+    mean = (counts * values).sum(1).double() / len(pixels)
+    mean_square = (counts * values**2).sum(1).double() / len(pixels)
+    variance = mean_square - mean**2
+    std = variance.clamp(min=1e-4).sqrt()  # one flat colour: no division by 0
+    return ChannelStats(tuple((mean / 255).tolist()), tuple((std / 255).tolist()))
 
 
 def normalize(images: Tensor, stats: ChannelStats) -> Tensor:
@@ -134,7 +136,7 @@ def resize(x: Tensor, side: int) -> Tensor:
 def inputs(
     images: Tensor, stats: ChannelStats, side: int, batch_size: int = 250
 ) -> Iterator[Tensor]:
-    """Yields images as a network is to see them when it is judged, in order, nothing left out.
+    """Yields images as a network sees them in evaluation, in order, nothing left out.
 
     Args:
         images: (N, H, W, 3) uint8.
@@ -161,13 +163,19 @@ class Augmentation:
     Attributes:
         flip: "none", "random" (each image by a coin every epoch) or "alternating" (a coin in the
             first epoch, then every second epoch; Jordan 2024, arXiv:2404.00498).
-        translate: moves by up to that many pixels and reflects the border.
-        cutout: side of a blanked square, pixels (DeVries and Taylor 2017, arXiv:1708.04552).
+        translate: moves by up to that many 32nds of the image's side and reflects the border.
+        cutout: side of a blanked square, 32nds of the image's (DeVries and Taylor 2017,
+            arXiv:1708.04552); of CIFAR-10's images both are pixels.
     """
 
     flip: str = "none"
     translate: int = 0
     cutout: int = 0
+
+
+def pixels(share: int, side: int) -> int:
+    """So many 32nds of a side in pixels, rounded."""
+    return round(share * side / 32)
 
 
 class Draws(NamedTuple):
@@ -178,9 +186,21 @@ class Draws(NamedTuple):
     shifts: Tensor  # (N, 2) int64, pixels down and right
     corners: Tensor  # (N, 2) int64, upper left of the blanked square
 
+    def rows(self, index: Tensor) -> "Draws":
+        """Those of some images; `index` (B,) int64."""
+        return Draws(*(column[index] for column in self))
+
+    def to(self, device: torch.device) -> "Draws":
+        """The same on a device."""
+        return Draws(*(send(column, device) for column in self))
+
 
 # What a stream of random numbers is for; no two of them coincide.
-_ORDER, _FIRST_FLIP = 1, 2
+_ORDER = 1
+_FIRST_FLIP = 2
+
+# A GPU's batches are made together, up to so many values: one alone is too little work for it.
+_VALUES_AT_ONCE = 2**26
 
 
 class TrainBatches:
@@ -197,9 +217,10 @@ class TrainBatches:
         augmentation: what is done to the images.
         seed: of order and augmentation.
         side: of the network's input, pixels; None keeps the images'.
-        small_first: (share of all steps, side) pairs; until that share is reached the images have
-            that side. What is learned from small images serves large ones, for fewer operations.
-        num_epochs: of the whole training, of which `small_first` gives shares.
+        resizing: progressive resizing, as (share of all steps, side) pairs; until that share is
+            reached the images have that side. What is learned from small images serves large ones,
+            for fewer operations.
+        num_epochs: of the whole training, of which `resizing` gives shares.
         part: (rank, number of processes): only that part of each batch is made.
     """
 
@@ -212,77 +233,105 @@ class TrainBatches:
         augmentation: Augmentation = Augmentation(),
         seed: int = 0,
         side: int | None = None,
-        small_first: tuple[tuple[float, int], ...] = (),
+        resizing: tuple[tuple[float, int], ...] = (),
         num_epochs: int = 1,
         part: tuple[int, int] = (0, 1),
     ):
-        self.split, self.stats, self.augmentation, self.seed = split, stats, augmentation, seed
-        self.side, self.small_first = side or split.images.shape[1], small_first
-        self.num_epochs, self.part = num_epochs, part
-        self.num_images = len(split.labels)
-        self.num_steps = -(-self.num_images // batch_size)  # of an epoch
+        self.split = split
+        self.stats = stats
+        self.batch_size = batch_size
+        self.augmentation = augmentation
+        self.seed = seed
+        self.side = side or split.images.shape[1]
+        self.resizing = resizing
+        self.num_epochs = num_epochs
+        self.part = part
+        stored = min(split.images.shape[1:3])
+        self.reach = pixels(augmentation.translate, stored)
+        self.hole = pixels(augmentation.cutout, stored)
+        self.num_images = len(split.labels)  # of an epoch
+        self.num_steps = math.ceil(self.num_images / batch_size)  # of an epoch
         self.flipped_first = torch.rand(self.num_images, generator=self._stream(_FIRST_FLIP)) < 0.5
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields x (B, 3, S, S) float and labels (B,) from the given step; both count from 0."""
         draws = self._draw(epoch)
-        steps = list(zip(*(d.tensor_split(self.num_steps) for d in draws), strict=True))
+        batches = torch.arange(self.num_images).tensor_split(self.num_steps)
         step = first_step
         while step < self.num_steps:
             side = self.side_at(epoch, step)
-            on_cpu = self.split.labels.device.type == "cpu"
-            ahead = 1 if on_cpu else max(1, 2**26 // (3 * side**2 * len(steps[step][0])))
-            near = range(step, min(step + ahead, self.num_steps))
-            same = list(takewhile(lambda at, side=side: self.side_at(epoch, at) == side, near))
-            own = [self._own(Draws(*steps[at])) for at in same]
-            x, labels = self._load(Draws(*map(torch.cat, zip(*own, strict=True))), side)
-            sizes = [len(draws.chosen) for draws in own]
+            end = self._loaded_until(epoch, step, len(batches[step]))
+            own = [self._own(draws, rows) for rows in batches[step:end]]
+            x, labels = self._load(draws.rows(torch.cat(own)), side)
+            sizes = [len(rows) for rows in own]
             yield from zip(x.split(sizes), labels.split(sizes), strict=True)
-            step += len(same)
+            step = end
 
     def side_at(self, epoch: int, step: int) -> int:
         """Side of the network's input in a step, pixels."""
         done = (epoch * self.num_steps + step) / (self.num_epochs * self.num_steps)
-        return next((side for share, side in self.small_first if done < share), self.side)
+        for share, side in self.resizing:
+            if done < share:
+                return side
+        return self.side
 
     def share_done(self, epoch: int, step: int) -> float:
         """Share of the training's operations that lie before a step; large images take more."""
-        ends, sides = zip(*self.small_first, (1.0, self.side), strict=True)
+        done = (epoch + step / self.num_steps) / self.num_epochs
+        work = 0.0
+        whole = 0.0
+        begin = 0.0
+        for end, side in (*self.resizing, (1.0, self.side)):
+            work += max(min(end, done) - begin, 0) * side**2
+            whole += (end - begin) * side**2
+            begin = end
+        return work / whole
 
-        def work(steps: float) -> float:
-            return float(np.diff(np.minimum((0.0, *ends), steps)) @ np.square(sides))
+    def _loaded_until(self, epoch: int, step: int, num_images: int) -> int:
+        """The step before which batches are made at once: several, of one side, on a GPU."""
+        side = self.side_at(epoch, step)
+        count = 1
+        if self.split.labels.device.type != "cpu":
+            count = max(1, _VALUES_AT_ONCE // (3 * side**2 * num_images))
+        end = step + 1
+        last = min(step + count, self.num_steps)
+        while end < last and self.side_at(epoch, end) == side:
+            end += 1
+        return end
 
-        return work((epoch + step / self.num_steps) / self.num_epochs) / work(1)
-
-    def _own(self, draws: Draws) -> Draws:
+    def _own(self, draws: Draws, rows: Tensor) -> Tensor:
+        """The rows (B,) of a batch that this process trains on."""
         rank, count = self.part
-        return Draws(*(draw.tensor_split(count)[rank] for draw in draws))
+        return rows.tensor_split(count)[rank]
 
     def _load(self, draws: Draws, side: int) -> tuple[Tensor, Tensor]:
-        device = self.split.labels.device
-        chosen, flipped, shifts, corners = (send(d, device) for d in draws)
-        x = normalize(gather(self.split.images, chosen, flipped, shifts), self.stats)
-        if self.augmentation.cutout:
-            x = erase(x, corners, self.augmentation.cutout)
-        return resize(x, side), self.split.labels[chosen]
+        images, labels = self.split
+        draws = draws.to(labels.device)
+        x = normalize(gather(images, draws.chosen, draws.flipped, draws.shifts), self.stats)
+        if self.hole:
+            x = erase(x, draws.corners, self.hole)
+        return resize(x, side), labels[draws.chosen]
 
     def _stream(self, *key: int) -> torch.Generator:
         state = np.random.SeedSequence((self.seed, *key)).generate_state(1, np.uint64)
         return torch.Generator().manual_seed(int(state[0]) >> 1)
 
     def _draw(self, epoch: int) -> Draws:
-        kind, reach, hole = vars(self.augmentation).values()
-        stream, count = self._stream(_ORDER, epoch), self.num_images
+        stream = self._stream(_ORDER, epoch)
+        count = self.num_images
         chosen = torch.randperm(count, generator=stream)
-        flipped = torch.rand(count, generator=stream) < (0.5 if kind == "random" else 0)
-        if kind == "alternating":
+        coins = torch.rand(count, generator=stream)
+        if self.augmentation.flip == "alternating":
             flipped = self.flipped_first[chosen] ^ (epoch % 2 == 1)
-        shifts = torch.randint(-reach, reach + 1, (count, 2), generator=stream)
-        corners = [  # the hole may hang over the border, as in the paper
-            torch.randint(min(1 - hole, 0), size, (count,), generator=stream)
-            for size in self.split.images.shape[1:3]
-        ]
-        return Draws(chosen, flipped, shifts, torch.stack(corners, 1))
+        else:
+            flipped = coins < (0.5 if self.augmentation.flip == "random" else 0)
+        shifts = torch.randint(-self.reach, self.reach + 1, (count, 2), generator=stream)
+        height, width = self.split.images.shape[1:3]
+        nearest = min(1 - self.hole, 0)  # it may hang over the border, as in the paper
+        rows = torch.randint(nearest, height, (count,), generator=stream)
+        columns = torch.randint(nearest, width, (count,), generator=stream)
+        corners = torch.stack([rows, columns], 1)
+        return Draws(chosen, flipped, shifts, corners)
 
 
 def gather(images: Tensor, chosen: Tensor, flipped: Tensor, shifts: Tensor) -> Tensor:
@@ -311,5 +360,6 @@ def erase(x: Tensor, corners: Tensor, side: int) -> Tensor:
     """Sets a square of each image (B, 3, H, W) to 0, the mean colour; corners are (B, 2) int64."""
     rows = torch.arange(x.shape[2], device=x.device) - corners[:, :1]
     columns = torch.arange(x.shape[3], device=x.device) - corners[:, 1:]
-    rows, columns = ((at >= 0) & (at < side) for at in (rows, columns))
-    return x.masked_fill_((rows[:, :, None] & columns[:, None])[:, None], 0)
+    in_rows = (rows >= 0) & (rows < side)  # (B, H)
+    in_columns = (columns >= 0) & (columns < side)  # (B, W)
+    return x.masked_fill_((in_rows[:, :, None] & in_columns[:, None])[:, None], 0)

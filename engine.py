@@ -1,4 +1,4 @@
-"""How a network learns and is judged: schedule, step, loop, evaluation. Needs torch and tqdm alone.
+"""How a network learns and is evaluated: schedule, step, loop, prediction. Needs torch and tqdm.
 
 `train` is a generator: it yields after every step and at the end of every epoch, so that whoever
 runs it may print, save, validate or stop there. Nothing in it waits for the device. Where
@@ -9,7 +9,6 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -50,9 +49,11 @@ class Progress:
     bad_step: Tensor = field(default_factory=lambda: torch.tensor(-1))
 
 
-def processes() -> int:
+def world_size() -> int:
     """How many processes train together."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_world_size()
+    return 1
 
 
 def lr_factor(step: int, num_steps: int, warmup: float, schedule: str = "cosine") -> float:
@@ -103,27 +104,48 @@ def train(
     """
     device = next(model.parameters()).device
     at = progress or Progress()
-    at.sums, at.bad_step = at.sums.to(device), at.bad_step.to(device)
-    options = {"precision": precision, "label_smoothing": label_smoothing}
-    take_step = partial(train_step, model, optimizer, **options)
-    if device.type == "cuda" and processes() == 1:
-        take_step = StepGraphs(take_step, device)
+    at.sums = at.sums.to(device)
+    at.bad_step = at.bad_step.to(device)
+    num_steps = batches.num_steps
+    processes = world_size()
+
+    def take_step(
+        x: Tensor, labels: Tensor, lr: float | Tensor, count: float | None = None
+    ) -> tuple[Tensor, Tensor]:
+        return train_step(
+            model,
+            optimizer,
+            x,
+            labels,
+            lr,
+            precision=precision,
+            label_smoothing=label_smoothing,
+            count=count,
+        )
+
+    graphs = StepGraphs(take_step, device) if device.type == "cuda" and processes == 1 else None
     while at.epoch < epochs:
         train_mode(model)
-        if not at.step:
+        if at.step == 0:
             at.sums.zero_()
         for x, labels in batches.epoch(at.epoch, at.step):
-            done = at.epoch * batches.num_steps + at.step
-            at.lr = lr * lr_factor(done, epochs * batches.num_steps, warmup, schedule)
-            if processes() > 1:  # gradients are averaged over the processes
-                images = (batches.num_images + batches.num_steps - 1 - at.step) // batches.num_steps
-                take_step.keywords["count"] = images / processes()
-            measured, bad = take_step(x, labels, at.lr)
+            done = at.epoch * num_steps + at.step
+            before = young_statistics(model, done)
+            at.lr = lr * lr_factor(done, epochs * num_steps, warmup, schedule)
+            if graphs:
+                measured, bad = graphs(x, labels, at.lr)
+            elif processes > 1:  # gradients are averaged over the processes
+                images = (batches.num_images + num_steps - 1 - at.step) // num_steps
+                measured, bad = take_step(x, labels, at.lr, images / processes)
+            else:
+                measured, bad = take_step(x, labels, at.lr)
+            weigh_anew(before, done)
             at.sums += measured
             at.bad_step = torch.where((at.bad_step < 0) & bad, done, at.bad_step)
             at.step += 1
             yield at
-        at.epoch, at.step = at.epoch + 1, 0
+        at.epoch += 1
+        at.step = 0
         yield at
 
 
@@ -150,7 +172,8 @@ def train_step(
         lr: learning rate of a group whose `lr_scale` is 1.
         precision: "fp32" or "bf16".
         label_smoothing: in [0, 1).
-        count: images the loss is a mean over, where these are a part of a larger batch.
+        count: images the loss is a mean over, where these are a part of a larger batch; None for
+            those of `x`.
 
     Returns:
         (3,) summed loss (nats), correct predictions and images; and whether a number was not finite
@@ -160,14 +183,17 @@ def train_step(
     before = [buffer.clone() for buffer in buffers]
     logits = forward(model, x, precision)
     loss = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=label_smoothing)
-    (loss / (count or len(labels))).backward()
+    if count is None:
+        count = len(labels)
+    (loss / count).backward()
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
     bad = ~torch.isfinite(nn.utils.get_total_norm(gradients) + loss.detach())
-    if processes() > 1:  # the loss is that of a part
-        dist.all_reduce(bad := bad.float(), dist.ReduceOp.MAX)
-        bad = bad > 0
+    if world_size() > 1:  # the loss is that of a part
+        any_bad = bad.float()
+        dist.all_reduce(any_bad, dist.ReduceOp.MAX)
+        bad = any_bad > 0
     optimizer.found_inf = bad.float()  # as GradScaler does: the optimiser then changes nothing
     optimizer.step()
     optimizer.zero_grad()
@@ -192,10 +218,47 @@ def train_mode(model: nn.Module) -> None:
     """
     model.train()
     for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and not any(
-            p.requires_grad for p in module.parameters()
-        ):
-            module.eval()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            trains = any(p.requires_grad for p in module.parameters())
+            module.train(trains)
+
+
+def share_of_batch(momentum: float, step: int) -> float:
+    """Weight of a step's batch in BatchNorm's running statistics.
+
+    By the momentum alone twelve steps of 0.1 leave 28 % of what they held before: of 0 and 1, or of
+    other pictures. So they begin as an average of the batches seen, in which later ones count more,
+    for the network changes from step to step (Shamir and Zhang 2013, arXiv:1212.1824, with eta 3);
+    the momentum takes over where it is the larger share, at 0.1 in step 36.
+
+    Args:
+        momentum: the layer's.
+        step: from 0, of the whole training.
+    """
+    return max(momentum, 4 / (step + 4))
+
+
+def young_statistics(model: nn.Module, step: int) -> list[tuple[nn.Module, Tensor, Tensor]]:
+    """BatchNorm layers that a step is to move by more than their momentum; mean and variance."""
+    return [
+        (module, module.running_mean.clone(), module.running_var.clone())
+        for module in model.modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm)
+        and module.training
+        and module.running_mean is not None
+        and module.momentum is not None
+        and share_of_batch(module.momentum, step) > module.momentum
+    ]
+
+
+@torch.no_grad()
+def weigh_anew(before: list[tuple[nn.Module, Tensor, Tensor]], step: int) -> None:
+    """Gives a step that was taken its `share_of_batch`; `before` is from `young_statistics`."""
+    for module, mean, variance in before:
+        factor = share_of_batch(module.momentum, step) / module.momentum
+        module.running_mean.copy_(mean + factor * (module.running_mean - mean))
+        variance += factor * (module.running_var - variance)
+        module.running_var.copy_(variance.clamp(min=0))  # rounding
 
 
 class StepGraphs:
@@ -226,7 +289,9 @@ class StepGraphs:
             self.seen.add(x.shape)
             return self._as_written(x, labels)
         if x.shape not in self.recorded:
-            own_x, own_labels, graph = x.clone(), labels.clone(), torch.cuda.CUDAGraph()
+            own_x = x.clone()
+            own_labels = labels.clone()
+            graph = torch.cuda.CUDAGraph()
             try:
                 with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
                     result = self.step(own_x, own_labels, self.lr)
@@ -260,8 +325,9 @@ def views(x: Tensor, tta: str) -> Iterator[Tensor]:
     """
     moves = [x]
     if tta == "crops":
-        side, by = x.shape[3], max(1, x.shape[3] // 32)
-        padded = F.pad(x, (by,) * 4, mode="reflect")
+        side = x.shape[3]
+        by = max(1, side // 32)
+        padded = F.pad(x, (by, by, by, by), mode="reflect")
         moves += [padded[..., at : at + side, at : at + side] for at in (0, 2 * by)]
     for moved in moves:
         yield moved
@@ -292,17 +358,22 @@ def predict(
         (N, C) float32 on the CPU of the inputs as they are, and averaged over the views.
     """
     model.eval()
-    plain, averaged = [], []
+    plain = []
+    averaged = []
     for x in tqdm(inputs, "evaluating", unit="batch", disable=None, leave=False, delay=2):
         outputs = [forward(model, view, precision) for view in views(x, tta)]
         plain.append(outputs[0])
         averaged.append(torch.stack(outputs).mean(0))
-    logits = torch.cat(plain).cpu(), torch.cat(averaged).cpu()
-    if processes() > 1:
-        parts: list[Any] = [None] * processes()
-        dist.all_gather_object(parts, logits)
-        logits = tuple(map(torch.cat, zip(*parts, strict=True)))
-    return logits
+    return _of_all(torch.cat(plain).cpu()), _of_all(torch.cat(averaged).cpu())
+
+
+def _of_all(logits: Tensor) -> Tensor:
+    """Logits of all processes, in order of ranks."""
+    if world_size() == 1:
+        return logits
+    parts: list[Any] = [None] * world_size()
+    dist.all_gather_object(parts, logits)
+    return torch.cat(parts)
 
 
 def evaluate(

@@ -36,21 +36,18 @@ import torch
 import engine
 import models
 import optimizers
-from data import ChannelStats, Splits
-from pretrained import OperatedNetwork, freeze
+from data import Splits
+from pretrained import IMAGENET_STATS, PretrainedNetwork, freeze
 from runs import features, loading, run
 from runs.finish import finish
 from runs.training import Training
 from runtime import processes
 from runtime.device import compile_or_not, now, prepare
 
-# What every torchvision network of 2015 to 2021 was trained with.
-IMAGENET = ChannelStats((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-
 
 def make_network(
     settings: FineTuneSettings, splits: Splits
-) -> tuple[OperatedNetwork, dict[str, Any]]:
+) -> tuple[PretrainedNetwork, dict[str, Any]]:
     """The network on the device before its weights are loaded, and the arguments that build it.
 
     Args:
@@ -68,13 +65,14 @@ def make_network(
     return model.to(device, memory_format=torch.channels_last), arguments
 
 
-def parameter_groups(model: OperatedNetwork, settings: FineTuneSettings) -> list[dict[str, Any]]:
+def parameter_groups(model: PretrainedNetwork, settings: FineTuneSettings) -> list[dict[str, Any]]:
     """Groups whose learning rates fall from the head to the stem, stage by stage."""
     groups = []
     for depth, stage in enumerate(reversed(model.stages().values())):
         groups += optimizers.parameter_groups(
             stage,
             optimizer=settings.optimizer,
+            classifier=model.classifier,
             weight_decay=settings.weight_decay,
             lr_scale=settings.stage_lr_scale**depth,
         )
@@ -88,7 +86,7 @@ def train(settings: FineTuneSettings, command: str) -> None:
 
         # Data
         splits, source = loading.load_splits(settings, device)
-        splits = splits._replace(stats=IMAGENET)
+        splits = splits._replace(stats=IMAGENET_STATS)
         batches = loading.train_batches(settings, splits, settings.image_size)
         validation = loading.validation(splits, settings.image_size)
         prepare()
@@ -115,7 +113,7 @@ def train(settings: FineTuneSettings, command: str) -> None:
         begun_at = now(device)
         if settings.cached:
             trained = tail
-            batches, validation = features.of_trunk(
+            batches, validation = features.cached(
                 backbone, batches, splits, precision, claimed.checkpoint_path
             )
         feature_seconds = now(device) - begun_at

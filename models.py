@@ -77,8 +77,11 @@ class CustomCNN(nn.Module):
     ):
         super().__init__()
         act = {"relu": nn.ReLU, "gelu": nn.GELU}[activation]
-        layers: list[nn.Module] = [Whitening(whitened, biased), act()] if whitened else []
-        channels = 6 * whitened**2 if whitened else 3
+        layers: list[nn.Module] = []
+        channels = 3
+        if whitened:
+            layers += [Whitening(whitened, biased), act()]
+            channels = 6 * whitened**2
         for number, width in enumerate(widths, start=1):
             layers.append(nn.Conv2d(channels, width, 3, padding=1, bias=False))
             channels = width
@@ -87,7 +90,8 @@ class CustomCNN(nn.Module):
             layers += [nn.BatchNorm2d(width, momentum=momentum), act()]
         self.features = nn.Sequential(*layers)  # (B, 3, 32, 32) -> (B, widths[-1], 4, 4)
         self.pool = nn.AdaptiveMaxPool2d(1)  # -> (B, widths[-1], 1, 1)
-        first, second = (hidden[0], channels) if residual else hidden
+        first = hidden[0]
+        second = channels if residual else hidden[1]  # what is added is as wide as the features
         layers = [
             nn.Linear(channels, first, bias=False),
             nn.BatchNorm1d(first, momentum=momentum),
@@ -95,11 +99,17 @@ class CustomCNN(nn.Module):
             nn.Linear(first, second, bias=False),
         ]
         if residual:
-            last = nn.Linear(second, num_classes, bias=False)
-            self.head = nn.Sequential(Residual(*layers), last)
+            classifier = nn.Linear(second, num_classes, bias=False)
+            self.head = nn.Sequential(Residual(*layers), classifier)
         else:
-            norm = nn.BatchNorm1d(second, momentum=momentum)
-            self.head = nn.Sequential(*layers, norm, act(), nn.Linear(second, num_classes))
+            layers += [nn.BatchNorm1d(second, momentum=momentum), act()]
+            self.head = nn.Sequential(*layers, nn.Linear(second, num_classes))
+        self.classifier_name = f"head.{len(self.head) - 1}"
+
+    @property
+    def classifier(self) -> nn.Linear:
+        """The layer whose outputs are the logits."""
+        return self.get_submodule(self.classifier_name)
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps normalised images (B, 3, H, W) to logits (B, num_classes)."""
@@ -108,16 +118,21 @@ class CustomCNN(nn.Module):
 
 # The pool stands early in each pair: the wide convolutions see maps of 15, 7, 7 and 3 pixels, the
 # widest the smallest. A 2x2 colour patch has twelve directions: 24 channels.
-_EARLY = {
-    **{"pool_after": (1, 3, 5), "activation": "gelu", "whitened": 2, "biased": True},
-    **{"residual": True, "hidden": (512, 128)},
+_EARLY_POOLING = {
+    "pool_after": (1, 3, 5),
+    "activation": "gelu",
+    "whitened": 2,
+    "biased": True,
+    "residual": True,
+    "hidden": (512, 128),
 }
+# Keyword arguments of `CustomCNN`, by the network's name
 NETWORKS: dict[str, dict[str, Any]] = {
     "tutorial": {},  # 39 million multiplications an image of 32x32
-    "slim": {"widths": (64, 64, 256, 256, 256, 256), **_EARLY},  # 118 million
-    "wide": {"widths": (64, 64, 256, 256, 384, 512), **_EARLY},  # 144 million
-    "wider": {"widths": (128, 128, 384, 384, 384, 384), **_EARLY},  # 302 million
-    "widest": {"widths": (128, 128, 512, 512, 1024, 1024), **_EARLY},  # 626 million
+    "slim": {"widths": (64, 64, 256, 256, 256, 256), **_EARLY_POOLING},  # 118 million
+    "wide": {"widths": (64, 64, 256, 256, 384, 512), **_EARLY_POOLING},  # 144 million
+    "wider": {"widths": (128, 128, 384, 384, 384, 384), **_EARLY_POOLING},  # 302 million
+    "widest": {"widths": (128, 128, 512, 512, 1024, 1024), **_EARLY_POOLING},  # 626 million
 }
 
 
@@ -133,8 +148,16 @@ def begin_from_images(model: CustomCNN, x: Tensor) -> None:
     fix_batchnorm_scales(model)
 
 
+# Variance of a direction, relative to the largest one, below which it hardly occurs. The weakest of
+# CIFAR-10's has 6e-5; the colours of grey pictures have 0, or 2e-5 where they carry a little noise.
+FAINT = 4e-5
+
+
 def whiten(layer: Whitening, x: Tensor, eps: float = 5e-4) -> None:
     """Fits the filters: the eigenvectors of patches' covariance over the root of their eigenvalues.
+
+    Directions that hardly occur (`FAINT`) are amplified no more than the weakest that does:
+    otherwise a network of grey pictures would see nothing but the tint of one that has a little.
 
     Args:
         layer: changed in place.
@@ -143,14 +166,17 @@ def whiten(layer: Whitening, x: Tensor, eps: float = 5e-4) -> None:
     """
     side = layer.filters.shape[-1]
     size = 3 * side**2
-    covariance, count = torch.zeros(size, size, dtype=torch.float64), 0
+    covariance = torch.zeros(size, size, dtype=torch.float64)
+    count = 0
     for part in x.split(500):
         patches = part.unfold(2, side, 1).unfold(3, side, 1).permute(0, 2, 3, 1, 4, 5)
         patches = patches.reshape(-1, size)
         covariance += (patches.T @ patches).double()
         count += len(patches)
     eigenvalues, vectors = torch.linalg.eigh(covariance / count)
-    filters = (vectors / (eigenvalues + eps).sqrt()).T.reshape(-1, 3, side, side)
+    weakest = eigenvalues[eigenvalues >= FAINT * eigenvalues.max()].min()
+    variances = eigenvalues.clamp(min=weakest)
+    filters = (vectors / (variances + eps).sqrt()).T.reshape(-1, 3, side, side)
     layer.filters.copy_(torch.cat([filters, -filters]))
 
 
@@ -161,11 +187,13 @@ def begin_as_identity(model: CustomCNN) -> None:
     their random weights.
     """
     with torch.no_grad():
-        for conv in (module for module in model.features if isinstance(module, nn.Conv2d)):
-            nn.init.dirac_(conv.weight[: conv.in_channels])
+        for layer in model.features:
+            if isinstance(layer, nn.Conv2d):
+                nn.init.dirac_(layer.weight[: layer.in_channels])
         if isinstance(model.head[0], Residual):
             nn.init.zeros_(model.head[0][-1].weight)
-            nn.init.normal_(model.head[-1].weight, std=1 / model.head[-1].in_features)
+            classifier = model.classifier
+            nn.init.normal_(classifier.weight, std=1 / classifier.in_features)
 
 
 def fix_batchnorm_scales(model: nn.Module) -> None:
@@ -175,24 +203,26 @@ def fix_batchnorm_scales(model: nn.Module) -> None:
             module.weight.requires_grad_(False)
 
 
-def create_model(arch: str, surgery: dict[str, Any], num_classes: int) -> nn.Module:
+def create_model(arch: str, arguments: dict[str, Any], num_classes: int) -> nn.Module:
     """Builds a network with random weights from what a checkpoint says of it.
 
     Args:
         arch: "custom_cnn" or a key of `pretrained.ARCHS`.
-        surgery: keyword arguments of `CustomCNN` or `pretrained.OperatedNetwork`.
+        arguments: keyword arguments of `CustomCNN` or `pretrained.PretrainedNetwork`.
         num_classes: width of the last layer.
 
     Raises:
-        ValueError: the architecture or one of the settings is unknown.
+        ValueError: the architecture or one of the arguments is unknown.
     """
     try:
         if arch == "custom_cnn":
-            return CustomCNN(**surgery, num_classes=num_classes)
-        from pretrained import ARCHS, OperatedNetwork  # torchvision takes seconds to import
+            return CustomCNN(**arguments, num_classes=num_classes)
+        from pretrained import ARCHS, PretrainedNetwork  # torchvision takes seconds to import
 
         if arch in ARCHS:
-            return OperatedNetwork(arch, **surgery, num_classes=num_classes)
+            return PretrainedNetwork(arch, **arguments, num_classes=num_classes)
     except (TypeError, LookupError, ValueError, RuntimeError) as error:
-        raise ValueError(f"settings {surgery} do not fit architecture {arch}: {error}") from error
+        raise ValueError(
+            f"arguments {arguments} do not fit architecture {arch}: {error}"
+        ) from error
     raise ValueError(f"architecture {arch!r} is unknown: choose custom_cnn or {', '.join(ARCHS)}")

@@ -12,6 +12,7 @@ def parameter_groups(
     model: nn.Module,
     *,
     optimizer: str,
+    classifier: nn.Module,
     weight_decay: float,
     bias_lr_scale: float = 1.0,
     muon_lr_scale: float = 1.0,
@@ -22,11 +23,12 @@ def parameter_groups(
     Decay spares biases and BatchNorm: it would pull scales towards 0 without making the function
     any simpler. Only Adam, the original project's, decays everything, coupled to the loss; and with
     Muon biases shrink as fast as the classifier, whatever their rate. Muon steps all kernels and
-    matrices but the last, the classifier's.
+    matrices but the classifier's.
 
     Args:
         model: its parameters with `requires_grad`.
         optimizer: "adam", "adamw", "sgd" or "muon".
+        classifier: the layer whose outputs are the logits; it need not be in `model`.
         weight_decay: of matrices and kernels.
         bias_lr_scale: learning rate of vectors (biases, BatchNorm), relative to the others'.
         muon_lr_scale: that of the convolutions, where Muon steps them.
@@ -34,18 +36,35 @@ def parameter_groups(
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     vectors = [p for p in trained if p.ndim == 1]
-    others = [p for p in trained if p.ndim > 1]
-    inner = others[:-1] if optimizer == "muon" else []
-    of_vectors = weight_decay if optimizer == "adam" else 0.0
-    if optimizer == "muon" and bias_lr_scale:
-        of_vectors = weight_decay / bias_lr_scale
+    plain = [p for p in trained if p.ndim > 1]
+    kernels = []
+    matrices = []
+    if optimizer == "muon":
+        hidden = [p for p in plain if p is not classifier.weight]
+        plain = [p for p in plain if p is classifier.weight]
+        kernels = [p for p in hidden if p.ndim > 2]
+        matrices = [p for p in hidden if p.ndim == 2]
+    vector_decay = 0.0
+    if optimizer == "adam":
+        vector_decay = weight_decay
+    elif optimizer == "muon" and bias_lr_scale > 0:
+        vector_decay = weight_decay / bias_lr_scale
     groups = [
-        {"params": others[len(inner) :], "weight_decay": weight_decay, "lr_scale": lr_scale},
-        {"params": vectors, "weight_decay": of_vectors, "lr_scale": lr_scale * bias_lr_scale},
+        {"params": plain, "weight_decay": weight_decay, "lr_scale": lr_scale},
+        {"params": vectors, "weight_decay": vector_decay, "lr_scale": lr_scale * bias_lr_scale},
+        {
+            "params": kernels,
+            "lr_scale": lr_scale * muon_lr_scale,
+            "orthogonal": True,
+            "momentum": 0.6,
+        },
+        {
+            "params": matrices,
+            "lr_scale": lr_scale * (muon_lr_scale * MUON_LINEAR),
+            "orthogonal": True,
+            "momentum": 0.6,
+        },
     ]
-    for ndim, relative in ((4, muon_lr_scale), (2, muon_lr_scale * MUON_LINEAR)):
-        turned = {"params": [p for p in inner if p.ndim == ndim], "lr_scale": lr_scale * relative}
-        groups.append(turned | {"orthogonal": True, "momentum": 0.6})
     return [group for group in groups if group["params"]]
 
 
@@ -66,16 +85,17 @@ def make_optimizer(
         return Muon(groups, lr, torch.bfloat16 if precision == "bf16" else torch.float32)
     if kind == "sgd":
         sgd = torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True, fused=True)
-        for parameter in (p for group in groups for p in group["params"]):
-            # Torch makes it in the first step, but leaves it unset should that be skipped.
-            sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        for group in groups:
+            for parameter in group["params"]:
+                # Torch makes it in the first step, but leaves it unset should that be skipped.
+                sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return sgd
     # As a CUDA graph replays it, the step must not need a number that only Python has.
-    on = {"fused": True, "capturable": groups[0]["params"][0].is_cuda}
+    on_gpu = groups[0]["params"][0].is_cuda
     if kind == "adam":
-        return torch.optim.Adam(groups, lr=lr, **on)
+        return torch.optim.Adam(groups, lr=lr, fused=True, capturable=on_gpu)
     # beta2 0.99 forgets fast enough for runs of a few thousand steps; Adam's own is 0.999.
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.99), **on)
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.99), fused=True, capturable=on_gpu)
 
 
 class Muon(torch.optim.Optimizer):
@@ -88,36 +108,48 @@ class Muon(torch.optim.Optimizer):
     Nesterov's steps along the momentum itself.
 
     Args:
-        groups: of parameters; those with `orthogonal` have two dimensions, or four.
+        groups: of parameters; those with `orthogonal` have two dimensions or more.
         lr: learning rate.
         dtype: of the matrix products.
     """
 
-    found_inf: Tensor  # not 0: this step is to change nothing
+    # As with torch's fused optimisers: where it is set and not 0, a step changes nothing.
+    found_inf: Tensor | None = None
 
     def __init__(self, groups: list[dict[str, Any]], lr: float, dtype: torch.dtype):
-        usual = {"lr": lr, "momentum": 0.85, "weight_decay": 0.0, "orthogonal": False}
-        super().__init__(groups, usual)
+        defaults = {"lr": lr, "momentum": 0.85, "weight_decay": 0.0, "orthogonal": False}
+        super().__init__(groups, defaults)
         self.dtype = dtype
 
     @torch.no_grad()
     def step(self) -> None:
-        """Updates every parameter from its gradient."""
-        skip = self.found_inf > 0
+        """Updates every parameter from its gradient; those without one stay."""
         for group in self.param_groups:
             for weight in group["params"]:
-                if not self.state[weight]:
-                    self.state[weight]["momentum"] = torch.zeros_like(weight)
-                before, share = self.state[weight]["momentum"], group["momentum"]
-                gradient = weight.grad.add(weight, alpha=group["weight_decay"])
-                momentum = before * share + gradient
-                ahead, base = gradient.add(momentum, alpha=share), weight
-                if group["orthogonal"]:
-                    ahead = orthogonalize(ahead.flatten(1).to(self.dtype)).view(weight.shape)
-                    if weight.ndim == 4:
-                        base = weight * (len(weight) ** 0.5 / weight.norm())
-                weight.copy_(torch.where(skip, weight, base - group["lr"] * ahead))
-                before.copy_(torch.where(skip, before, momentum))
+                if weight.grad is not None:
+                    self._update(weight, group)
+
+    def _update(self, weight: Tensor, group: dict[str, Any]) -> None:
+        state = self.state[weight]
+        if not state:
+            state["momentum"] = torch.zeros_like(weight)
+        old = state["momentum"]
+        gradient = weight.grad.add(weight, alpha=group["weight_decay"])
+        momentum = old * group["momentum"] + gradient
+        direction = gradient.add(momentum, alpha=group["momentum"])  # Nesterov's
+        base = weight
+        if group["orthogonal"]:
+            matrix = direction.flatten(1).to(self.dtype)
+            direction = orthogonalize(matrix).view(weight.shape)
+            if weight.ndim > 2:
+                base = weight * (len(weight) ** 0.5 / weight.norm())
+        moved = base - group["lr"] * direction
+        if self.found_inf is not None:
+            skip = self.found_inf > 0
+            moved = torch.where(skip, weight, moved)
+            momentum = torch.where(skip, old, momentum)
+        weight.copy_(moved)
+        old.copy_(momentum)
 
 
 def orthogonalize(matrix: Tensor) -> Tensor:

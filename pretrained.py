@@ -1,4 +1,4 @@
-"""ImageNet networks of torchvision and what is done to them to learn from small pictures."""
+"""ImageNet networks of torchvision and what is changed in them to learn from small pictures."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -7,24 +7,30 @@ from typing import Any
 import torchvision
 from torch import Tensor, nn
 
+from data import ChannelStats
+
+WEIGHTS = "IMAGENET1K_V1"  # of torchvision, for every row of `ARCHS`
+# What every torchvision network of 2015 to 2021 was trained with
+IMAGENET_STATS = ChannelStats(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+
 
 @dataclass(frozen=True)
 class Architecture:
-    """A row of `ARCHS`: a pretrained network, by torchvision's name, and what is done to it.
+    """A row of `ARCHS`: a pretrained network, by torchvision's name, and what is changed in it.
 
     Attributes:
         head: the module that is replaced by a new classifier; its input is `features` wide.
         features: see `head`.
-        stages: the trunk from input to output, each stage as its modules' names in order; what
+        stages: the backbone from input to output, each stage as its modules' names in order; what
             follows the last of them, pooling and classifier, is the head stage.
-        edits: modules to replace, by name.
+        replaced: makers of the modules that take another one's place, by its name.
         opened: attributes to set where the early strides are opened for 32x32 input.
     """
 
     head: str
     features: int
     stages: Mapping[str, tuple[str, ...]]
-    edits: Mapping[str, Callable[[], nn.Module]] = field(default_factory=dict)
+    replaced: Mapping[str, Callable[[], nn.Module]] = field(default_factory=dict)
     opened: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -32,27 +38,36 @@ def _span(prefix: str, start: int, stop: int) -> tuple[str, ...]:
     return tuple(f"{prefix}.{index}" for index in range(start, stop))
 
 
-_RESNET = {
-    "head": "fc",
-    "stages": {
-        "stem": ("conv1", "bn1", "relu", "maxpool"),
-        **{f"layer{number}": (f"layer{number}",) for number in range(1, 5)},
-    },
-    "opened": {"conv1.stride": (1, 1), "maxpool": nn.Identity()},
-}
-WEIGHTS = "IMAGENET1K_V1"  # of torchvision, for every row below
+def _resnet(features: int) -> Architecture:
+    return Architecture(
+        head="fc",
+        features=features,
+        stages={
+            "stem": ("conv1", "bn1", "relu", "maxpool"),
+            "layer1": ("layer1",),
+            "layer2": ("layer2",),
+            "layer3": ("layer3",),
+            "layer4": ("layer4",),
+        },
+        opened={"conv1.stride": (1, 1), "maxpool": nn.Identity()},
+    )
+
+
 ARCHS = {
     "vgg19": Architecture(
         head="classifier",  # three layers for 7x7 maps, which small pictures do not leave
         features=512,
         stages={
-            f"block{number}": _span("features", *span)
-            for number, span in enumerate(((0, 5), (5, 10), (10, 19), (19, 28), (28, 37)), 1)
+            "block1": _span("features", 0, 5),
+            "block2": _span("features", 5, 10),
+            "block3": _span("features", 10, 19),
+            "block4": _span("features", 19, 28),
+            "block5": _span("features", 28, 37),
         },
-        edits={"features.36": nn.Identity, "avgpool": lambda: nn.AdaptiveAvgPool2d(1)},
+        replaced={"features.36": nn.Identity, "avgpool": lambda: nn.AdaptiveAvgPool2d(1)},
     ),
-    "resnet18": Architecture(features=512, **_RESNET),
-    "resnet50": Architecture(features=2048, **_RESNET),
+    "resnet18": _resnet(features=512),
+    "resnet50": _resnet(features=2048),
     "mobilenet_v3_small": Architecture(
         head="classifier.3",
         features=1024,
@@ -63,14 +78,14 @@ ARCHS = {
             "blocks4": _span("features", 4, 9),
             "blocks2": _span("features", 9, 13),
         },
-        edits={"classifier.2": nn.Identity},  # its dropout; ours stands before the last layer too
+        replaced={"classifier.2": nn.Identity},  # its dropout; ours precedes the last layer too
         opened={"features.0.0.stride": (1, 1), "features.1.block.0.0.stride": (1, 1)},
     ),
 }
 
 
-class OperatedNetwork(nn.Module):
-    """A torchvision network with its surgery: edits, a new classifier, an opened stem.
+class PretrainedNetwork(nn.Module):
+    """A torchvision network adapted: modules replaced, a new classifier, an opened stem.
 
     Args:
         arch: a key of `ARCHS`.
@@ -93,13 +108,20 @@ class OperatedNetwork(nn.Module):
             raise ValueError(f"image size {image_size}: must be 16 to 512 pixels")
         self.row = ARCHS[arch]
         self.network = torchvision.models.get_model(arch, weights=None)
-        for name, make in self.row.edits.items():
+        for name, make in self.row.replaced.items():
             self.network.set_submodule(name, make())
-        for name, value in self.row.opened.items() if open_stem else ():
-            owner, _, attribute = name.rpartition(".")
-            setattr(self.network.get_submodule(owner), attribute, value)
+        if open_stem:
+            for name, value in self.row.opened.items():
+                owner, _, attribute = name.rpartition(".")
+                setattr(self.network.get_submodule(owner), attribute, value)
         classifier = nn.Linear(self.row.features, num_classes)
         self.network.set_submodule(self.row.head, nn.Sequential(nn.Dropout(dropout), classifier))
+        self.classifier_name = f"network.{self.row.head}.1"  # 0 is the dropout
+
+    @property
+    def classifier(self) -> nn.Linear:
+        """The layer whose outputs are the logits."""
+        return self.get_submodule(self.classifier_name)
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps normalised images (B, 3, S, S) to logits (B, num_classes)."""
@@ -110,14 +132,18 @@ class OperatedNetwork(nn.Module):
 
         Applying all of them, one after the other, gives what `forward` gives.
         """
-        modules = {**dict(self.network.named_modules()), "flatten": nn.Flatten()}
-        stages = {**self.row.stages, "head": ("avgpool", "flatten", self.row.head.split(".")[0])}
-        return {k: nn.Sequential(*(modules[name] for name in v)) for k, v in stages.items()}
+        stages = {}
+        for stage, names in self.row.stages.items():
+            modules = [self.network.get_submodule(name) for name in names]
+            stages[stage] = nn.Sequential(*modules)
+        last = self.network.get_submodule(self.row.head.split(".")[0])
+        stages["head"] = nn.Sequential(self.network.avgpool, nn.Flatten(), last)
+        return stages
 
     def load_pretrained(self, state: dict[str, Tensor]) -> None:
         """Loads ImageNet weights; the layer they may hold in the new one's place is left out.
 
-        A file may also hold the trunk alone; layers before the new one then keep random weights.
+        A file may also hold the backbone alone; layers before the new one then keep random weights.
 
         Raises:
             ValueError: another tensor is missing or does not belong here.
@@ -130,14 +156,15 @@ class OperatedNetwork(nn.Module):
         given = {key: value for key, value in state.items() if not key.startswith(head)}
         missing, unknown = self.network.load_state_dict(given, strict=False)
         # Files from before 2017 lack BatchNorm's counters, which nothing here reads.
-        missing = [k for k in missing if not (k.startswith(head) or k.endswith("batches_tracked"))]
+        missing = [k for k in missing if not k.startswith(head)]
+        missing = [k for k in missing if not k.endswith("num_batches_tracked")]
         for kind, keys in (("lack", missing), ("hold the unknown", unknown)):
             if keys:
                 raise ValueError(f"the weights {kind} {keys[0]!r} ({len(keys)} such tensors)")
 
 
-def freeze(model: OperatedNetwork, unfreeze: str) -> tuple[nn.Sequential | None, nn.Sequential]:
-    """Freezes the trunk's stages that `unfreeze` does not name.
+def freeze(model: PretrainedNetwork, unfreeze: str) -> tuple[nn.Sequential | None, nn.Sequential]:
+    """Freezes the backbone's stages that `unfreeze` does not name.
 
     Args:
         model: changed in place.
@@ -145,14 +172,18 @@ def freeze(model: OperatedNetwork, unfreeze: str) -> tuple[nn.Sequential | None,
             two, whose filters are general and whose large maps take most of the time, "all" all.
 
     Returns:
-        The frozen trunk (None with "all") and the part that trains; both share the modules.
+        The frozen part (None with "all") and the part that trains; both share the modules.
     """
     *stages, head = model.stages().values()
-    if unfreeze == "head":  # the trunk ends in pooled features: to keep them takes little memory
-        trunk, tail = [*stages, head[:-1]], [head[-1]]
+    if unfreeze == "head":
+        # The frozen part ends in pooled features: to keep them takes little memory.
+        pooling, last = head[:-1], head[-1]
+        frozen = [*stages, pooling]
+        trained = [last]
     else:
-        cut = {"last": -1, "most": 2, "all": 0}[unfreeze]
-        trunk, tail = stages[:cut], [*stages[cut:], head]
-    for stage in trunk:
+        num_frozen = {"last": len(stages) - 1, "most": 2, "all": 0}[unfreeze]
+        frozen = stages[:num_frozen]
+        trained = [*stages[num_frozen:], head]
+    for stage in frozen:
         stage.requires_grad_(False)
-    return nn.Sequential(*trunk) if trunk else None, nn.Sequential(*tail)
+    return nn.Sequential(*frozen) if frozen else None, nn.Sequential(*trained)

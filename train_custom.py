@@ -23,7 +23,8 @@ def parse(argv: list[str] | None) -> CustomSettings:
     Raises:
         UnusableInput: a flag is unknown or its value breaks a rule.
     """
-    parser = commandline.Parser("train_custom.py", __doc__, EXAMPLES)
+    epilog = f"{recipes.help_on_optimizers()}\n\n{EXAMPLES}"
+    parser = commandline.Parser("train_custom.py", __doc__, epilog)
     commandline.add_flags(parser, CustomSettings, recipes.BY_RECIPE, CustomSettings.recipe)
     return recipes.custom(vars(parser.parse_args(argv)))
 
@@ -69,6 +70,7 @@ def parameter_groups(model: torch.nn.Module, settings: CustomSettings) -> list[d
     return optimizers.parameter_groups(
         model,
         optimizer=settings.optimizer,
+        classifier=model.classifier,
         weight_decay=settings.weight_decay,
         bias_lr_scale=settings.bias_lr_scale,
         muon_lr_scale=settings.muon_lr / settings.lr,

@@ -2,10 +2,11 @@
 
 from typing import Any
 
-from config.settings import HARMLESS, CustomSettings, FineTuneSettings, Settings
+from config.settings import WITHOUT_EFFECT, CustomSettings, FineTuneSettings, Settings, flag
 from errors import UnusableInput, printable
 
 # A flag that is given replaces the default.
+# A column is a recipe: the formatter would put each value on a line of its own.
 _RECIPES: dict[str, tuple] = {
     "recipe":             ("classic",   "modern",      "speedrun", "best"),
     "network":            ("tutorial",  "wide",        "slim",     "widest"),
@@ -29,6 +30,21 @@ _RECIPES: dict[str, tuple] = {
     "val_fraction":       (0.04,        0.02,          0.02,       0.02),
 }  # fmt: skip
 
+# What an optimiser needs: defaults that come with `--optimizer` where it is not the recipe's own.
+# A recipe's own rates were found for its optimiser and network; these also suit the other networks.
+BY_OPTIMIZER: dict[str, dict[str, float]] = {
+    "adam": {"lr": 1e-3, "warmup": 0.0, "weight_decay": 0.01, "bias_lr_scale": 1.0},
+    "adamw": {"lr": 8e-3, "warmup": 0.2, "weight_decay": 0.5, "bias_lr_scale": 20.0},
+    "sgd": {"lr": 0.1, "warmup": 0.2, "weight_decay": 5e-4, "bias_lr_scale": 1.0},
+    "muon": {
+        "lr": 0.01,
+        "muon_lr": 0.17,
+        "warmup": 0.0,
+        "weight_decay": 0.2,
+        "bias_lr_scale": 10.0,
+    },
+}
+
 BY_RECIPE = {
     name: {key: row[column] for key, row in _RECIPES.items() if key != "recipe"}
     for column, name in enumerate(_RECIPES["recipe"])
@@ -36,38 +52,84 @@ BY_RECIPE = {
 
 # What is fine-tuned. The learning rate is the new classifier's; earlier stages get less, for their
 # filters are to be adapted, not unlearned.
-_USUAL: dict[str, Any] = {
-    **{"unfreeze": "last", "image_size": 80, "small_first": "", "epochs": 5, "batch_size": 128},
-    **{"lr": 1e-3, "stage_lr_scale": 0.6, "warmup": 0.1, "weight_decay": 0.05, "dropout": 0.2},
-    **{"label_smoothing": 0.1, "flip": "alternating", "translate": 0, "cutout": 0},
+_FINE_TUNING: dict[str, Any] = {
+    "unfreeze": "last",
+    "image_size": 80,
+    "small_first": "",
+    "epochs": 5,
+    "batch_size": 128,
+    "lr": 1e-3,
+    "stage_lr_scale": 0.6,
+    "warmup": 0.1,
+    "weight_decay": 0.05,
+    "dropout": 0.2,
+    "label_smoothing": 0.1,
+    "flip": "alternating",
+    "translate": 0,
+    "cutout": 0,
     "val_fraction": 0.04,
-}
-_WHOLE = {"unfreeze": "all", "epochs": 10, "translate": 2}
-# What it begins from need not be an ImageNet classifier: all of it wants to move.
-_MOBILE = {"image_size": 96, "epochs": 7, "lr": 3e-3, "stage_lr_scale": 1.0}
-BY_NETWORK = {
-    "vgg19": _USUAL | {"epochs": 4},
-    "resnet18": _USUAL | _WHOLE | {"unfreeze": "most", "image_size": 128, "epochs": 4},
-    "resnet50": _USUAL | _WHOLE | {"image_size": 96, "epochs": 3, "lr": 6e-4},
-    "mobilenet_v3_small": _USUAL | _WHOLE | _MOBILE,
 }
 # What changes with the part that trains: moved images have no output that could be kept.
 BY_PART: dict[str, dict[str, Any]] = {
     "head": {"epochs": 10, "lr": 1e-3, "translate": 0},
     "last": {"epochs": 5, "lr": 1e-3, "translate": 0},
-    "most": _WHOLE,
-    "all": _WHOLE,
+    "most": {"epochs": 10, "translate": 2},
+    "all": {"epochs": 10, "translate": 2},
+}
+BY_NETWORK = {
+    "vgg19": {**_FINE_TUNING, "epochs": 4},
+    "resnet18": {
+        **_FINE_TUNING,
+        "unfreeze": "most",
+        "image_size": 128,
+        "epochs": 4,
+        "translate": 2,
+    },
+    "resnet50": {
+        **_FINE_TUNING,
+        "unfreeze": "all",
+        "image_size": 96,
+        "epochs": 3,
+        "lr": 6e-4,
+        "translate": 2,
+    },
+    # What it begins from need not be an ImageNet classifier: all of it wants to move.
+    "mobilenet_v3_small": {
+        **_FINE_TUNING,
+        "unfreeze": "all",
+        "image_size": 96,
+        "epochs": 7,
+        "lr": 3e-3,
+        "stage_lr_scale": 1.0,
+        "translate": 2,
+    },
 }
 # Nothing to keep, more to learn.
 FROM_SCRATCH: dict[str, Any] = {"unfreeze": "all", "stage_lr_scale": 1.0, "epochs": 10}
 
 
 def custom(given: dict[str, Any]) -> CustomSettings:
-    """The settings of a training from scratch: what was given, over the recipe's defaults."""
+    """The settings of a training from scratch: what was given, over the defaults.
+
+    Those are the recipe's; where another optimiser is given than its own, what that one needs
+    replaces what belongs to the recipe's.
+    """
     defaults = _named(BY_RECIPE, given.get("recipe", CustomSettings.recipe))
+    optimizer = given.get("optimizer", defaults["optimizer"])
+    if optimizer != defaults["optimizer"]:
+        defaults |= BY_OPTIMIZER.get(optimizer, {})
     if given.get("image_size", 32) != 32:  # the small sides are for that one
         defaults["small_first"] = ""
     return CustomSettings(**defaults | given)
+
+
+def help_on_optimizers() -> str:
+    """What `--help` says of the defaults that come with an optimiser."""
+    lines = ["defaults that come with --optimizer where the recipe has another one:"]
+    for name, defaults in BY_OPTIMIZER.items():
+        flags = " ".join(f"{flag(key)} {value:g}" for key, value in defaults.items())
+        lines.append(f" {name:5} {flags}")
+    return "\n".join(lines)
 
 
 def finetune(given: dict[str, Any]) -> FineTuneSettings:
@@ -84,7 +146,8 @@ def finetune(given: dict[str, Any]) -> FineTuneSettings:
     if part != usual:
         defaults |= BY_PART.get(part, {})
     chosen = FineTuneSettings(**defaults | given)
-    if chosen.cached and (chosen.translate or chosen.cutout or chosen.small_first):
+    changes_input = chosen.translate or chosen.cutout or chosen.small_first
+    if chosen.cached and changes_input:
         raise UnusableInput(
             "--translate, --cutout and --small-first change the input of the frozen part, whose "
             "output is kept: add --no-cache, or leave them out"
@@ -100,8 +163,13 @@ def _named(table: dict[str, dict[str, Any]], name: str) -> dict[str, Any]:
 
 def changed(settings: Settings) -> dict[str, Any]:
     """What differs from the recipe's or network's defaults, files and names aside."""
-    usual = {"recipe": settings.recipe} if isinstance(settings, CustomSettings) else {}
-    usual = custom(usual) if usual else finetune({"arch": settings.arch})
-    ignored = {"run_name", "seed", "device", *HARMLESS}
-    before = usual.plain()
-    return {k: v for k, v in settings.plain().items() if v != before[k] and k not in ignored}
+    if isinstance(settings, CustomSettings):
+        usual = custom({"recipe": settings.recipe}).plain()
+    else:
+        usual = finetune({"arch": settings.arch}).plain()
+    ignored = {"run_name", "seed", "device", *WITHOUT_EFFECT}
+    return {
+        name: value
+        for name, value in settings.plain().items()
+        if name not in ignored and value != usual[name]
+    }

@@ -13,17 +13,39 @@ from typing import Any
 from errors import UnusableInput, printable
 
 
-def setting(default: Any, group: str, help: str, **rules: Any) -> Any:
+def setting(
+    default: Any,
+    group: str,
+    help: str,
+    *,
+    at_least: float | None = None,
+    below: float = math.inf,
+    choices: tuple[str, ...] = (),
+    shown: str = "none",
+    affects_result: bool = True,
+) -> Any:
     """One setting.
 
     Args:
         default: None where `config/recipes.py` or something else decides.
         group: heading in `--help`.
         help: what a student needs to know.
-        rules: `at_least` and `below` bound it, `choices` lists its values, `shown` says what None
-            stands for; `harmless` ones cannot change a result.
+        at_least: lowest value; None bounds it on neither side.
+        below: values are lower than this.
+        choices: values, where they are few.
+        shown: what `--help` says where the default is None.
+        affects_result: whether another value may change a result.
     """
-    return field(default=default, metadata={"group": group, "help": help, **rules})
+    rules = {
+        "group": group,
+        "help": help,
+        "at_least": at_least,
+        "below": below,
+        "choices": choices,
+        "shown": shown,
+        "affects_result": affects_result,
+    }
+    return field(default=default, metadata=rules)
 
 
 DAILY = "every day"
@@ -46,7 +68,10 @@ class Settings:
     device: str = setting("auto", DAILY, "auto (a GPU where there is one), cpu, cuda, cuda:1, mps")
     run_name: str | None = setting(None, DAILY, "name of the run's files", shown="the network's")
     resume: bool = setting(
-        False, DAILY, "go on with the unfinished run of this name, or start it", harmless=True
+        False,
+        DAILY,
+        "go on with the unfinished run of this name, or start it",
+        affects_result=False,
     )
     limit: int | None = setting(
         None, DAILY, "use the first N images of each split, to try things out", at_least=4
@@ -60,7 +85,11 @@ class Settings:
 
     batch_size: int = setting(None, FIT, "images a step learns from", at_least=4)
     lr: float = setting(
-        None, FIT, "peak learning rate: how far a step goes", at_least=1e-9, below=1e4
+        None,
+        FIT,
+        "peak learning rate: how far a step goes; with muon of the classifier and, scaled, biases",
+        at_least=1e-9,
+        below=1e4,
     )
     warmup: float = setting(
         None, FIT, "share of the steps in which the learning rate rises", at_least=0, below=1
@@ -75,12 +104,18 @@ class Settings:
         "mirror images: by a coin, or every second epoch",
         choices=("none", "random", "alternating"),
     )
+    # One unit for images of all sizes; CIFAR-10's have 32 pixels.
     translate: int = setting(
-        None, LOOK, "move images by up to so many pixels", at_least=0, below=513
+        None, LOOK, "move images by up to so many 32nds of their side", at_least=0, below=32
     )
-    cutout: int = setting(None, LOOK, "blank a square of this side, pixels", at_least=0, below=513)
+    cutout: int = setting(
+        None, LOOK, "blank a square of so many 32nds of an image's side", at_least=0, below=33
+    )
     small_first: str = setting(
-        None, LOOK, "0.5:24 shows the first half of the steps at 24 pixels, which costs less"
+        None,
+        LOOK,
+        "progressive resizing: 0.5:24 shows the first half of the steps at 24 pixels, which costs "
+        "less",
     )
     image_size: int | None = setting(
         None, LOOK, "side of the network's input, pixels", at_least=16, below=513
@@ -89,13 +124,15 @@ class Settings:
         None, LOOK, "share of the training images kept aside to validate on", at_least=0, below=1
     )
 
-    data_dir: Path = setting(Path("data"), FILES, "where CIFAR-10 is kept", harmless=True)
-    checkpoint_dir: Path = setting(Path("checkpoints"), FILES, "where weights go", harmless=True)
+    data_dir: Path = setting(Path("data"), FILES, "where CIFAR-10 is kept", affects_result=False)
+    checkpoint_dir: Path = setting(
+        Path("checkpoints"), FILES, "where weights go", affects_result=False
+    )
     results_dir: Path = setting(
-        Path("results"), FILES, "where numbers and pictures go", harmless=True
+        Path("results"), FILES, "where numbers and pictures go", affects_result=False
     )
     save_every: float = setting(
-        5.0, FILES, "minutes between saved states, at most", at_least=1e-4, harmless=True
+        5.0, FILES, "minutes between saved states, at most", at_least=1e-4, affects_result=False
     )
 
     weights: str | None = setting(
@@ -108,18 +145,9 @@ class Settings:
 
     def __post_init__(self):
         for entry in dataclasses.fields(self):
-            value, low = getattr(self, entry.name), entry.metadata.get("at_least")
-            high = entry.metadata.get("below", math.inf)
-            if low is not None and value is not None and not low <= value < high:
-                bounds = f"at least {low}" + (f" and below {high}" if high < math.inf else "")
-                raise UnusableInput(
-                    f"{flag(entry.name)} {value}: must be {bounds} ({entry.metadata['help']})"
-                )
-            choices = entry.metadata.get("choices")
-            if choices and value is not None and value not in choices:
-                raise UnusableInput(
-                    f"{flag(entry.name)} {printable(value)}: choose from {', '.join(choices)}"
-                )
+            value = getattr(self, entry.name)
+            if value is not None:
+                _check(entry, value)
         if self.run_name is not None and (fault := name_fault(self.run_name)):
             raise UnusableInput(
                 f"--run-name {printable(self.run_name)}: {fault}; folders go in --checkpoint-dir "
@@ -152,7 +180,10 @@ class CustomSettings(Settings):
         choices=("tutorial", "slim", "wide", "wider", "widest"),
     )
     optimizer: str = setting(
-        None, FIT, "how gradients become steps", choices=("adam", "adamw", "sgd", "muon")
+        None,
+        FIT,
+        "how gradients become steps; another than the recipe's brings the defaults below",
+        choices=("adam", "adamw", "sgd", "muon"),
     )
     schedule: str = setting(None, FIT, "how the learning rate falls", choices=("cosine", "linear"))
     bias_lr_scale: float = setting(
@@ -199,23 +230,48 @@ class FineTuneSettings(Settings):
 
 
 # Settings that say where and how often files are written, not what is computed.
-HARMLESS = {e.name for e in dataclasses.fields(Settings) if e.metadata.get("harmless")}
+WITHOUT_EFFECT = {
+    entry.name for entry in dataclasses.fields(Settings) if not entry.metadata["affects_result"]
+}
+
+
+def _check(entry: dataclasses.Field, value: Any) -> None:
+    """Refuses a value that breaks its setting's rule."""
+    rules = entry.metadata
+    low = rules["at_least"]
+    high = rules["below"]
+    if low is not None and not low <= value < high:
+        bounds = f"at least {low}"
+        if high < math.inf:
+            bounds += f" and below {high}"
+        raise UnusableInput(f"{flag(entry.name)} {value}: must be {bounds} ({rules['help']})")
+    if rules["choices"] and value not in rules["choices"]:
+        raise UnusableInput(
+            f"{flag(entry.name)} {printable(value)}: choose from {', '.join(rules['choices'])}"
+        )
 
 
 def sizes(text: str) -> tuple[tuple[float, int], ...]:
     """Reads `--small-first`: "0.3:16,0.6:24" gives ((0.3, 16), (0.6, 24))."""
     try:
-        pairs = (part.split(":") for part in text.split(",") if text)
-        found = tuple((float(share), int(side)) for share, side in pairs)
-        shares = [share for share, _ in found]
-        if shares == sorted(set(shares)) and all(0 < f < 1 and 16 <= s < 513 for f, s in found):
-            return found
+        plan = []
+        for part in text.split(",") if text else []:
+            share, side = part.split(":")
+            plan.append((float(share), int(side)))
     except ValueError:
-        pass
-    raise UnusableInput(
-        f"--small-first {printable(text)}: must be shares of the steps, rising, each with a side "
-        "of at least 16 pixels, like 0.3:16,0.6:24; or empty"
-    )
+        plan = None
+    if plan is None or not _fits(plan):
+        raise UnusableInput(
+            f"--small-first {printable(text)}: must be shares of the steps, rising, each with a "
+            "side of at least 16 pixels, like 0.3:16,0.6:24; or empty"
+        )
+    return tuple(plan)
+
+
+def _fits(plan: list[tuple[float, int]]) -> bool:
+    shares = [share for share, _ in plan]
+    rising = shares == sorted(set(shares))
+    return rising and all(0 < share < 1 and 16 <= side < 513 for share, side in plan)
 
 
 def name_fault(name: str) -> str:

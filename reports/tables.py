@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from config.settings import HARMLESS
+from config.settings import WITHOUT_EFFECT
 from errors import printable
 from reports import pages
 from storage.files import locked, tell, write_atomically
@@ -209,7 +209,13 @@ def _settings(
     run: dict[str, Any], config: dict[str, Any], environment: dict[str, Any], num_test: int | None
 ) -> str:
     """All that a result depends on but for the seed, as text that is equal for equal runs."""
-    ignored = {"seed", "run_name", "device", "network", *HARMLESS}  # "surgery" says the network's
+    ignored = {
+        "seed",
+        "run_name",
+        "device",
+        "network",
+        *WITHOUT_EFFECT,
+    }  # "surgery" says the network's
     settings = {key: value for key, value in (ABSENT | config).items() if key not in ignored}
     network = {"momentum": 0.1} | (run.get("surgery") or {})
     result_depends_on = {

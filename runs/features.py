@@ -1,4 +1,4 @@
-"""The output of a frozen trunk, computed once for every image and its mirror image."""
+"""The output of a frozen backbone, computed once for every image and its mirror image."""
 
 import os
 import tempfile
@@ -20,7 +20,7 @@ from runtime.memory import available_memory
 
 @torch.inference_mode()
 def compute_features(
-    trunk: nn.Module,
+    backbone: nn.Module,
     images: Tensor,
     stats: ChannelStats,
     side: int,
@@ -28,16 +28,16 @@ def compute_features(
     scratch: Path,
     mirrored: bool = True,
 ) -> Tensor:
-    """Runs a frozen trunk over all images, plain and mirrored.
+    """Runs a frozen backbone over all images, plain and mirrored.
 
-    A frozen trunk in eval mode is a fixed function, and with flips as the only augmentation an
+    A frozen backbone in eval mode is a fixed function, and with flips as the only augmentation an
     image has two variants: what takes most of a step's time needs computing only twice an image.
 
     Args:
-        trunk: put into eval mode here.
-        images: (N, H, W, 3) uint8 on the trunk's device.
+        backbone: put into eval mode here.
+        images: (N, H, W, 3) uint8 on the backbone's device.
         stats: to normalise by.
-        side: of the trunk's input, pixels.
+        side: of the backbone's input, pixels.
         precision: "fp32" or "bf16", of the computation and of what is kept.
         scratch: beside which path, and named after it, the features go, memory-mapped, when they
             would not fit in memory.
@@ -49,16 +49,18 @@ def compute_features(
     Raises:
         OSError: they fit neither in memory nor on the disk.
     """
-    trunk.eval()
-    features, done = None, 0
+    backbone.eval()
+    features = None
+    done = 0
     with tqdm(total=len(images), desc="features", unit="img", disable=None, leave=False) as bar:
         for x in inputs(images, stats, side, batch_size=500):
-            for variant, view in enumerate((x, x.flip(3))[: 1 + mirrored]):
-                outputs = forward(trunk, view, precision)
+            variants = [x, x.flip(3)] if mirrored else [x]
+            for number, variant in enumerate(variants):
+                outputs = forward(backbone, variant, precision)
                 if features is None:
-                    shape = (len(images), 1 + mirrored, *outputs.shape[1:])
+                    shape = (len(images), len(variants), *outputs.shape[1:])
                     features = _allocate(shape, precision, scratch)
-                features[done : done + len(x), variant] = outputs
+                features[done : done + len(x), number] = outputs
             done += len(x)
             bar.update(len(x))
     return features
@@ -99,39 +101,64 @@ def _allocate(shape: tuple[int, ...], precision: str, scratch: Path) -> Tensor:
 class FeatureBatches(TrainBatches):
     """Cached features in the order, and with the flips, in which `batches` gives the images.
 
-    Of several processes each keeps, and trains on, every so manieth image.
+    Of several processes each keeps, and trains on, every n-th image, n being their number.
+
+    Args:
+        batches: of the images; without augmentation other than flips.
+        features: of this process's images, from `compute_features`.
     """
 
     def __init__(self, batches: TrainBatches, features: Tensor):
-        self.__dict__.update(vars(batches))
+        super().__init__(
+            batches.split,
+            batches.stats,
+            batches.batch_size,
+            augmentation=batches.augmentation,
+            seed=batches.seed,
+            side=batches.side,
+            num_epochs=batches.num_epochs,
+            part=batches.part,
+        )
         self.features = features
 
-    def _own(self, draws: Draws) -> Draws:
+    def _own(self, draws: Draws, rows: Tensor) -> Tensor:
         rank, count = self.part
-        mine = draws.chosen % count == rank
-        return Draws(*(draw[mine] for draw in draws))
+        return rows[draws.chosen[rows] % count == rank]
 
     def _load(self, draws: Draws, side: int) -> tuple[Tensor, Tensor]:
-        device = self.split.labels.device
-        x = _to(self.features[draws.chosen // self.part[1], draws.flipped.long()], device)
-        return x, self.split.labels[send(draws.chosen, device)]
+        labels = self.split.labels
+        _, count = self.part
+        x = self.features[draws.chosen // count, draws.flipped.long()]
+        return _to(x, labels.device), labels[send(draws.chosen, labels.device)]
 
 
-def of_trunk(
-    trunk: nn.Module, batches: TrainBatches, splits: Splits, precision: str, scratch: Path
+def cached(
+    backbone: nn.Module, batches: TrainBatches, splits: Splits, precision: str, scratch: Path
 ) -> tuple[FeatureBatches, Validation | None]:
-    """Batches of a frozen trunk's output, and that output of this process's validation images.
+    """Batches of a frozen backbone's output, and that output of this process's validation images.
 
     Order and flips are those of `batches`; all else is as in `compute_features`.
     """
-    options = splits.stats, batches.side, precision, scratch
-    mirrored = batches.augmentation.flip != "none"
-    mine = splits.train.images[launch.RANK :: launch.WORLD_SIZE]
-    features = compute_features(trunk, mine, *options, mirrored=mirrored)
+    features = compute_features(
+        backbone,
+        splits.train.images[launch.RANK :: launch.WORLD_SIZE],
+        splits.stats,
+        batches.side,
+        precision,
+        scratch,
+        mirrored=batches.augmentation.flip != "none",
+    )
     validation = None
     if splits.val:
-        own = processes.own(splits.val.images)
-        plain = compute_features(trunk, own, *options, mirrored=False)
+        plain = compute_features(
+            backbone,
+            processes.own(splits.val.images),
+            splits.stats,
+            batches.side,
+            precision,
+            scratch,
+            mirrored=False,
+        )
         of_images = partial(feature_inputs, plain, splits.val.labels.device)
         validation = Validation(of_images, splits.val.labels)
     return FeatureBatches(batches, features), validation

@@ -56,10 +56,6 @@ def load_splits(settings: Settings, device: torch.device) -> tuple[Splits, dict[
         more = -(-FEW_STEPS // -(-size // 32))
         print(f"{steps} steps are few to learn in: try --batch-size 32 --epochs {more}")
     shape = list(splits.train.images.shape[1:3])  # (H, W)
-    if settings.translate >= min(shape):
-        raise UnusableInput(
-            f"--translate {settings.translate}: the images have {min(shape)} pixels; move them less"
-        )
     return splits, source | {"image_shape": shape, "classes": len(splits.classes)}
 
 
@@ -117,7 +113,7 @@ def _of_checkpoint(
         raise UnusableInput(f"--weights {printable(path)}: holds a {content['arch']}, not a {arch}")
     state, own = trained.state_dict(), model.state_dict()
     if content["classes"] != list(classes):  # its last layer names other things
-        last = list(own)[-1].rpartition(".")[0] + "."
+        last = model.classifier_name + "."
         state |= {key: value for key, value in own.items() if key.startswith(last)}
     return state
 
@@ -154,7 +150,7 @@ def train_batches(settings: Settings, splits: Splits, side: int) -> TrainBatches
         augmentation=Augmentation(**{name: getattr(settings, name) for name in names}),
         seed=settings.seed,
         side=side,
-        small_first=sizes(settings.small_first),
+        resizing=sizes(settings.small_first),
         num_epochs=settings.epochs,
         part=(launch.RANK, launch.WORLD_SIZE),
     )

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from config.settings import HARMLESS, Settings, flag, typed
+from config.settings import WITHOUT_EFFECT, Settings, flag, typed
 from data import Splits, TrainBatches
 from errors import AlreadyFinished, Stopped, UnusableInput, printable
 from reports import evaluation, provenance
@@ -336,7 +336,7 @@ def _check_same(settings: Settings, saved: dict[str, Any], name: str) -> None:
     different = []
     for key, value in settings.plain().items():
         before = saved.get(key, value)
-        if before != value and key not in HARMLESS and key != "run_name":
+        if before != value and key not in WITHOUT_EFFECT and key != "run_name":
             was = typed(key, before).removeprefix(flag(key) + " ")
             different.append(f"{typed(key, value)} (was {was})")
     if different:

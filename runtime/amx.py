@@ -14,8 +14,12 @@ LARGEST = 4  # of the convolution itself: from 5 on it gains as much as patches 
 LARGEST_BACKWARD = 6  # of the gradient of its weights, which convolutions find at half the rate
 FEWEST = 256  # channels: with fewer the copies are long in the making for what they spare
 GEOMETRY = {
-    **{"kernel_size": (3, 3), "stride": (1, 1), "padding": (1, 1), "dilation": (1, 1)},
-    **{"groups": 1, "padding_mode": "zeros"},
+    "kernel_size": (3, 3),
+    "stride": (1, 1),
+    "padding": (1, 1),
+    "dilation": (1, 1),
+    "groups": 1,
+    "padding_mode": "zeros",
 }
 
 
@@ -25,31 +29,43 @@ def cpu_features() -> dict[str, bool | int | str]:
 
 
 def as_products(model: nn.Module, precision: str, device: torch.device) -> None:
-    """Lets a model's 3x3 convolutions of many channels take that way where it is the faster one.
+    """Replaces a model's 3x3 convolutions of many channels where products are the faster way.
 
     Parameters, their names and what is computed in float32 stay as they are.
 
     Args:
-        model: changed in place.
+        model: changed in place; the convolutions are modules of it.
         precision: it trains in, "fp32" or "bf16".
         device: it trains on.
     """
     if device.type != "cpu" or precision != "bf16" or not cpu_features().get("amx_bf16"):
         return
-    for module in model.modules():
-        if type(module) is nn.Conv2d:
-            many = min(module.in_channels, module.out_channels) >= FEWEST
-            if many and all(getattr(module, key) == value for key, value in GEOMETRY.items()):
-                module.__class__ = SmallMapConv2d
+    for name, module in list(model.named_modules()):
+        if type(module) is nn.Conv2d and _gains(module):
+            model.set_submodule(name, SmallMapConv2d(module))
 
 
-class SmallMapConv2d(nn.Conv2d):
-    """A 3x3 convolution with stride 1 and padding 1 that, in bf16, takes small maps as products."""
+def _gains(conv: nn.Conv2d) -> bool:
+    many = min(conv.in_channels, conv.out_channels) >= FEWEST
+    return many and all(getattr(conv, key) == value for key, value in GEOMETRY.items())
+
+
+class SmallMapConv2d(nn.Module):
+    """A 3x3 convolution with stride 1 and padding 1 that, in bf16, takes small maps as products.
+
+    Args:
+        conv: shares its parameters with this one.
+    """
+
+    def __init__(self, conv: nn.Conv2d):
+        super().__init__()
+        self.weight = conv.weight
+        self.bias = conv.bias
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (B, C, H, W) to (B, O, H, W)."""
         if max(x.shape[2:]) > LARGEST_BACKWARD or not torch.is_autocast_enabled("cpu"):
-            return super().forward(x)
+            return F.conv2d(x, self.weight, self.bias, padding=1)
         y = convolve(x.bfloat16(), self.weight.bfloat16())
         return y if self.bias is None else y + self.bias.bfloat16()[:, None, None]
 

@@ -111,7 +111,7 @@ train_custom --run-name ../x         | folders go in --checkpoint-dir and --resu
 train_custom --results-dir data/cifar10.npz | --results-dir data/cifar10.npz: cannot be made
 train_custom --weights absent.pt --batch-size 64 | --weights absent.pt: no such file
 train_custom --weights imagenet --batch-size 64 | --weights imagenet: there are none of this network
-train_custom --translate 32 --batch-size 64 | --translate 32: the images have 32 pixels
+train_custom --translate 32            | --translate 32: must be at least 0 and below 32
 train_custom --pictures absent       | absent: no such folder
 train_custom --device toaster        | --device toaster: choose auto, cpu
 train_custom --device cuda           | --device cuda: torch

@@ -114,7 +114,7 @@ def test_batches_depend_on_seed_epoch_and_step_alone_and_parts_of_processes_make
 
 
 def test_small_images_come_first_and_the_share_of_the_work_rises_to_one(split):
-    plan = {"small_first": ((0.3, 16), (0.6, 24)), "num_epochs": 2}
+    plan = {"resizing": ((0.3, 16), (0.6, 24)), "num_epochs": 2}
     loader = batches(split, 32, **plan)  # 2 epochs of 10 steps
     sides = [x.shape[2] for epoch in (0, 1) for x, _ in loader.epoch(epoch)]
     assert sides == [16] * 6 + [24] * 6 + [32] * 8
@@ -158,6 +158,21 @@ def test_cutout_blanks_one_square_to_the_mean():
     data.erase(x, torch.tensor([[-3, 4], [10, 30]]), side=8)
     assert (x == 0).sum((1, 2, 3)).tolist() == [3 * 5 * 8, 3 * 8 * 2]
     assert (x[0, :, :5, 4:12] == 0).all()
+
+
+@pytest.mark.parametrize("stored", [32, 96])
+def test_translation_and_cutout_take_the_same_share_of_images_of_all_sizes(stored):
+    rows = torch.arange(stored, dtype=torch.uint8)[None, :, None, None]
+    images = rows.expand(200, stored, stored, 3) + 100
+    split = data.Split(images, torch.arange(200))
+    stats = data.ChannelStats((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    moved = data.TrainBatches(split, stats, 200, augmentation=data.Augmentation(translate=2))
+    x, _ = next(moved.epoch(0))
+    middle = 255 * x[:, 0, stored // 2, 0] - 100 - stored // 2  # by how far each image has moved
+    assert (middle.min().round(), middle.max().round()) == (-stored // 16, stored // 16)
+    blanked = data.TrainBatches(split, stats, 200, augmentation=data.Augmentation(cutout=8))
+    x, _ = next(blanked.epoch(0))
+    assert (x[:, 0] == 0).flatten(1).sum(1).max() == (stored // 4) ** 2
 
 
 def test_inputs_are_normalised_whole_and_fewer_at_a_time_where_they_are_large(split):

@@ -16,7 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import data
 import engine
 import models
+import train_custom
+from config import recipes
 from optimizers import make_optimizer, parameter_groups
+from runs import loading
 from runtime import amx, device, processes
 
 CPU = torch.device("cpu")
@@ -51,14 +54,21 @@ def test_engine_alone_trains_a_small_network(tmp_path):
 def beginning(kind="adamw"):
     """A network with everything in it that a step could change, and its optimiser."""
     torch.manual_seed(0)
-    conv = nn.Conv2d(3, 8, 3, bias=False)
-    head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10)
-    model = nn.Sequential(conv, nn.BatchNorm2d(8), nn.GELU(), *head)
-    return model, optimizer_of(model, kind)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, bias=False),
+        nn.BatchNorm2d(8),
+        nn.GELU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, 10),
+    )
+    return model, optimizer_of(model, model[-1], kind)
 
 
-def optimizer_of(model, kind):
-    groups = parameter_groups(model, optimizer=kind, weight_decay=0.1, muon_lr_scale=50)
+def optimizer_of(model, classifier, kind):
+    groups = parameter_groups(
+        model, optimizer=kind, classifier=classifier, weight_decay=0.1, muon_lr_scale=50
+    )
     return make_optimizer(groups, kind, 3e-3, "fp32")
 
 
@@ -107,10 +117,10 @@ def test_training_yields_each_step_and_each_end_of_an_epoch_with_sums_of_the_epo
     assert not any(map(torch.equal, begun, model.parameters()))
 
 
-@pytest.mark.parametrize("small_first", [(), ((0.3, 16), (0.7, 24))])
+@pytest.mark.parametrize("resizing", [(), ((0.3, 16), (0.7, 24))])
 @pytest.mark.parametrize("kind", ["adamw", "sgd", "muon"])
-def test_training_entered_within_an_epoch_gives_the_same_bits(sample, kind, small_first):
-    loader = batches(sample, small_first=small_first)
+def test_training_entered_within_an_epoch_gives_the_same_bits(sample, kind, resizing):
+    loader = batches(sample, resizing=resizing)
     whole, half, rest = beginning(kind), beginning(kind), beginning(kind)
     *_, end = engine.train(*whole, loader, **LEARNING)
     for at in engine.train(*half, loader, **LEARNING):
@@ -157,11 +167,14 @@ def test_a_step_that_is_not_finite_changes_nothing_at_all(kind, fault, good_befo
 def test_weight_decay_spares_biases_and_batchnorm_except_with_adam_and_muon():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 2))
     for optimizer, decayed in (("adamw", 2), ("sgd", 2), ("adam", 6)):
-        groups = parameter_groups(model, optimizer=optimizer, weight_decay=0.1)
+        groups = parameter_groups(
+            model, optimizer=optimizer, classifier=model[-1], weight_decay=0.1
+        )
         assert sum(len(g["params"]) for g in groups) == 6
         assert sum(len(g["params"]) for g in groups if g["weight_decay"]) == decayed
-    options = {"optimizer": "muon", "weight_decay": 0.2, "bias_lr_scale": 5000}
-    classifier, vectors, _ = parameter_groups(model, **options)
+    classifier, vectors, _ = parameter_groups(
+        model, optimizer="muon", classifier=model[-1], weight_decay=0.2, bias_lr_scale=5000
+    )
     assert vectors["lr_scale"] * vectors["weight_decay"] == pytest.approx(0.2)
     assert classifier["weight_decay"] == 0.2  # both shrink alike in a step
 
@@ -183,6 +196,98 @@ def test_muon_moves_convolutions_alike_in_all_directions():
     assert moved.diag().min() > 0.5
     assert moved.diag().max() < 1.3
     torch.testing.assert_close(moved, moved.diag().diag(), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["adam", "adamw", "sgd", "muon"])
+def test_an_optimiser_also_steps_outside_the_loop(kind):
+    model, optimizer = beginning(kind)
+    before = [p.detach().clone() for p in model.parameters()]
+    logits = model(torch.randn(16, 3, 8, 8))
+    F.cross_entropy(logits, torch.arange(16) % 10).backward()
+    optimizer.step()
+    assert not any(map(torch.equal, before, model.parameters()))
+
+
+@pytest.mark.parametrize("optimizer", recipes.BY_OPTIMIZER)
+@pytest.mark.parametrize("recipe", recipes.BY_RECIPE)
+def test_every_recipe_trains_with_every_optimiser(sample, monkeypatch, recipe, optimizer):
+    thin = {"widths": (16, 16, 32, 32, 64, 64), "hidden": (64, 64)}
+    monkeypatch.setattr(
+        models, "NETWORKS", {name: given | thin for name, given in models.NETWORKS.items()}
+    )
+    few = {"batch_size": 20, "epochs": 2, "label_smoothing": 0.0, "cutout": 0, "small_first": ""}
+    settings = recipes.custom({"recipe": recipe, "optimizer": optimizer, **few})
+    # Three classes that colour tells apart: those of 320 photographs take longer to learn.
+    images = torch.from_numpy(sample["train_images"] // 2)
+    labels = torch.arange(len(images)) % 3
+    images[torch.arange(len(images)), :, :, labels] += 100
+    split = data.Split(images, labels)
+    stats = data.channel_stats(images.numpy())
+    splits = data.Splits(("red", "green", "blue"), stats, split, None, split)
+    model, _ = train_custom.make_network(settings, splits)
+    batches = loading.train_batches(settings, splits, 32)
+    groups = train_custom.parameter_groups(model, settings)
+    optimizer = make_optimizer(groups, settings.optimizer, settings.lr, "fp32")
+    assert min(group["lr_scale"] for group in groups) > 0
+    for _ in engine.train(
+        model,
+        optimizer,
+        batches,
+        epochs=settings.epochs,
+        lr=settings.lr,
+        warmup=settings.warmup,
+        schedule=settings.schedule,
+    ):
+        pass
+    loss, accuracy = engine.evaluate(model, data.inputs(images, stats, 32), labels)
+    assert loss < 0.5 * np.log(3)
+    assert accuracy > 0.9
+
+
+class Few:
+    """Batches whose channels lie about 5, with a deviation of 2."""
+
+    num_images = 480
+
+    def __init__(self, num_steps):
+        self.num_steps = num_steps
+        self.x = 5 + 2 * torch.randn(num_steps, 16, 3, 8, 8)
+
+    def epoch(self, epoch, first_step=0):
+        for x in self.x[first_step:]:
+            yield x, torch.arange(16) % 2
+
+
+def test_statistics_of_other_pictures_are_gone_after_one_step_and_batches_average_after_a_few():
+    torch.manual_seed(0)
+    for num_steps in (1, 3, 12):
+        model = nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(192, 2))
+        model[0].running_mean.fill_(100.0)
+        model[0].running_var.fill_(100.0)
+        loader = Few(num_steps)
+        optimizer = optimizer_of(model, model[-1], "sgd")
+        for _ in engine.train(model, optimizer, loader, epochs=1, lr=1e-3):
+            pass
+        weights = (torch.arange(num_steps) + 1.0) * (torch.arange(num_steps) + 2)
+        weights = weights * (torch.arange(num_steps) + 3)
+        means = loader.x.mean((1, 3, 4))
+        variances = loader.x.transpose(1, 2).flatten(2).var(2)
+        for average, each in ((model[0].running_mean, means), (model[0].running_var, variances)):
+            expected = (weights[:, None] * each).sum(0) / weights.sum()
+            torch.testing.assert_close(average, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_statistics_of_long_trainings_are_those_of_the_momentum_to_the_bit():
+    torch.manual_seed(0)
+    loader = Few(400)
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(192, 2))
+    usual = nn.BatchNorm2d(3)
+    for _ in engine.train(model, optimizer_of(model, model[-1], "sgd"), loader, epochs=1, lr=1e-3):
+        pass
+    for x in loader.x:
+        usual(x)
+    assert torch.equal(model[0].running_mean, usual.running_mean)
+    assert torch.equal(model[0].running_var, usual.running_var)
 
 
 def test_frozen_batchnorm_statistics_do_not_move():
@@ -239,9 +344,11 @@ class NoDoubles(TorchDispatchMode):
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_training_and_prediction_need_no_double_on_the_device(sample, kind):
-    loader, model = batches(sample, small_first=((0.5, 24),)), models.CustomCNN()
+    loader, model = batches(sample, resizing=((0.5, 24),)), models.CustomCNN()
     with NoDoubles():
-        for _ in engine.train(model, optimizer_of(model, kind), loader, epochs=1, lr=1e-3):
+        for _ in engine.train(
+            model, optimizer_of(model, model.classifier, kind), loader, epochs=1, lr=1e-3
+        ):
             pass
         engine.predict(model, data.inputs(loader.split.images, loader.stats, 32), tta="crops")
     with pytest.raises(AssertionError), NoDoubles():
@@ -279,10 +386,14 @@ def test_processors_with_amx_convolve_small_maps_as_products_in_bf16_alone(monke
         logits.square().sum().backward()
         return model, logits, [p.grad for p in model.parameters() if p.requires_grad]
 
-    taken, convolve = [], amx.convolve
-    monkeypatch.setattr(
-        amx, "convolve", lambda x, w: taken.append(tuple(x.shape)) or convolve(x, w)
-    )
+    taken = []
+    convolve = amx.convolve
+
+    def noted(x, weight):
+        taken.append(tuple(x.shape))
+        return convolve(x, weight)
+
+    monkeypatch.setattr(amx, "convolve", noted)
     torch.manual_seed(0)
     x = torch.randn(16, 3, 24, 24)
     weights = models.CustomCNN(**models.NETWORKS["wide"]).state_dict()
@@ -290,7 +401,8 @@ def test_processors_with_amx_convolve_small_maps_as_products_in_bf16_alone(monke
     _, logits, gradients = trained("bf16")
     monkeypatch.setattr(amx, "cpu_features", lambda: {"amx_bf16": True})
     model, near, near_gradients = trained("bf16")
-    kinds = [type(module) for module in model.features if isinstance(module, nn.Conv2d)]
+    convolutions = (nn.Conv2d, amx.SmallMapConv2d)
+    kinds = [type(module) for module in model.features if isinstance(module, convolutions)]
     assert kinds == [nn.Conv2d] * 3 + [amx.SmallMapConv2d] * 3
     assert list(model.state_dict()) == list(weights)
     for a, b in zip([logits, *gradients], [near, *near_gradients], strict=True):
@@ -304,20 +416,27 @@ def test_processors_with_amx_convolve_small_maps_as_products_in_bf16_alone(monke
 @pytest.mark.parametrize(
     "changes",
     [
-        *({}, {"stride": 2}, {"dilation": 2}, {"padding": 0}, {"groups": 2}),
-        *({"padding_mode": "reflect"}, {"kernel_size": 5}, {"out_channels": 128}),
+        {},
+        {"stride": 2},
+        {"dilation": 2},
+        {"padding": 0},
+        {"groups": 2},
+        {"padding_mode": "reflect"},
+        {"kernel_size": 5},
+        {"out_channels": 128},
     ],
 )
 def test_only_what_products_compute_faster_takes_that_way(monkeypatch, changes):
     monkeypatch.setattr(amx, "cpu_features", lambda: {"amx_bf16": True})
     usual = {"in_channels": 256, "out_channels": 256, "kernel_size": 3, "padding": 1}
-    conv, x = nn.Conv2d(**usual | changes), torch.randn(4, 256, 4, 4)
-    expected = engine.forward(conv, x, "bf16")
-    amx.as_products(conv, "bf16", torch.device("cuda"))
-    assert type(conv) is nn.Conv2d
-    amx.as_products(conv, "bf16", CPU)
-    assert type(conv) is (nn.Conv2d if changes else amx.SmallMapConv2d)
-    assert (engine.forward(conv, x, "bf16") - expected).norm() <= 0.01 * expected.norm()
+    model = nn.Sequential(nn.Conv2d(**usual | changes))
+    x = torch.randn(4, 256, 4, 4)
+    expected = engine.forward(model, x, "bf16")
+    amx.as_products(model, "bf16", torch.device("cuda"))
+    assert type(model[0]) is nn.Conv2d
+    amx.as_products(model, "bf16", CPU)
+    assert type(model[0]) is (nn.Conv2d if changes else amx.SmallMapConv2d)
+    assert (engine.forward(model, x, "bf16") - expected).norm() <= 0.01 * expected.norm()
 
 
 PROBED = nn.Sequential(nn.BatchNorm2d(3), nn.Dropout(0.5), nn.Flatten(), nn.Linear(3072, 10))

@@ -13,18 +13,18 @@ import data
 import engine
 import finetune
 import pretrained
+from pretrained import IMAGENET_STATS
 from reports import provenance
 from runs import features
 from runtime import memory
 from storage import checkpoint
 
-PARAMETERS = {  # of the trunk, and of the new classifier
+PARAMETERS = {  # of the backbone, and of the new classifier
     "vgg19": 20_024_384 + 5_130,
     "resnet18": 11_176_512 + 5_130,
     "resnet50": 23_508_032 + 20_490,
     "mobilenet_v3_small": 1_517_856 + 10_250,
 }
-IMAGENET = data.ChannelStats(*finetune.IMAGENET)
 TAILS = {  # the last stage and the head, as names of parameters begin
     "vgg19": (tuple(f"features.{i}." for i in range(28, 37)), ("classifier.",)),
     "resnet18": (("layer4.",), ("fc.",)),
@@ -39,33 +39,33 @@ FIRST = {  # the first two stages
 }
 
 
-def operated(arch, **surgery):
+def adapted(arch, **arguments):
     torch.manual_seed(0)
-    return pretrained.OperatedNetwork(arch, **{"image_size": 64, **surgery}).eval()
+    return pretrained.PretrainedNetwork(arch, **arguments).eval()
 
 
 @pytest.mark.parametrize("arch", pretrained.ARCHS)
-def test_trunk_equals_torchvisions_own_feature_for_feature(arch):
+def test_backbone_equals_torchvisions_own_feature_for_feature(arch):
     torch.manual_seed(1)
     original = getattr(torchvision.models, arch)(weights=None).eval()
-    model = operated(arch)
+    model = adapted(arch)
     model.load_pretrained(original.state_dict())
     x = own = torch.randn(2, 3, 64, 64)
     names = [name for stage in model.row.stages.values() for name in stage]
-    for name in names[: -1 if arch == "vgg19" else None]:  # its last max-pool is the surgery
+    for name in names[: -1 if arch == "vgg19" else None]:  # its last max-pool is replaced
         x = original.get_submodule(name)(x)
-    trunk = torch.nn.Sequential(*list(model.stages().values())[:-1])
-    assert torch.equal(trunk(own), x)
+    backbone = torch.nn.Sequential(*list(model.stages().values())[:-1])
+    assert torch.equal(backbone(own), x)
     assert provenance.num_parameters(model)["total"] == PARAMETERS[arch]
 
 
 @pytest.mark.parametrize("arch", pretrained.ARCHS)
 @pytest.mark.parametrize("unfreeze", ["head", "last", "most", "all"])
 def test_stages_compose_to_the_network_and_only_the_named_part_trains(arch, unfreeze):
-    model = operated(arch)
-    trunk, tail = pretrained.freeze(model, unfreeze)
+    model = adapted(arch)
+    backbone, tail = pretrained.freeze(model, unfreeze)
     images = torch.randn(2, 3, 32, 32)
-    middle = trunk(images) if trunk else images
+    middle = backbone(images) if backbone else images
     torch.testing.assert_close(tail(middle), model(images))
     trained = {name for name, p in model.network.named_parameters() if p.requires_grad}
     last, head = TAILS[arch]
@@ -77,20 +77,20 @@ def test_stages_compose_to_the_network_and_only_the_named_part_trains(arch, unfr
         "all": names,
     }
     assert trained == expected[unfreeze]
-    assert (trunk is None) == (unfreeze == "all")
+    assert (backbone is None) == (unfreeze == "all")
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "mobilenet_v3_small"])
 def test_opened_stem_keeps_four_times_the_pixels_or_more(arch):
     sides = []
     for opened in (False, True):
-        stages = list(operated(arch, image_size=32, open_stem=opened).stages().values())
+        stages = list(adapted(arch, image_size=32, open_stem=opened).stages().values())
         sides.append(torch.nn.Sequential(*stages[:-1])(torch.randn(1, 3, 32, 32)).shape[-1])
     assert sides == [1, 4]
 
 
 def test_learning_rates_fall_from_head_to_stem():
-    model = operated("resnet18")
+    model = adapted("resnet18")
     settings = finetune.parse(["--unfreeze", "all", "--stage-lr-scale", "0.5"])
     groups = finetune.parameter_groups(model, settings)
     scales = {id(p): g["lr_scale"] for g in groups for p in g["params"]}
@@ -102,7 +102,7 @@ def test_learning_rates_fall_from_head_to_stem():
 
 
 def test_weights_with_a_missing_misshapen_or_unknown_tensor_are_refused_by_name():
-    model = operated("resnet18")
+    model = adapted("resnet18")
     good = torchvision.models.resnet18(num_classes=3).state_dict()
     model.load_pretrained(good)  # a classifier of another size is no obstacle, nor is none at all
     model.load_pretrained({k: v for k, v in good.items() if not k.startswith("fc.")})
@@ -115,25 +115,25 @@ def test_weights_with_a_missing_misshapen_or_unknown_tensor_are_refused_by_name(
             model.load_pretrained(bad)
     with pytest.raises(ValueError, match=r"layer9\.weight"):
         model.load_pretrained(good | {"layer9.weight": good[key]})
-    good = torchvision.models.mobilenet_v3_small().state_dict()  # two layers follow its trunk
-    model = operated("mobilenet_v3_small")
+    good = torchvision.models.mobilenet_v3_small().state_dict()  # two layers follow its backbone
+    model = adapted("mobilenet_v3_small")
     model.load_pretrained({k: v for k, v in good.items() if k.startswith("features.")})
     with pytest.raises(ValueError, match=r"classifier\.0\.bias"):
         model.load_pretrained({k: v for k, v in good.items() if k != "classifier.0.bias"})
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_cached_features_give_the_batches_the_uncached_trunk_gives(sample, tmp_path, precision):
+def test_cached_features_give_the_batches_the_uncached_backbone_gives(sample, tmp_path, precision):
     torch.manual_seed(0)
-    trunk = torch.nn.Sequential(
+    backbone = torch.nn.Sequential(
         torch.nn.Conv2d(3, 8, 3, stride=2), torch.nn.BatchNorm2d(8), torch.nn.ReLU()
     ).eval()
     images, labels = (torch.from_numpy(sample[f"train_{kind}"]) for kind in ("images", "labels"))
     split = data.Split(images, labels.long())
     flips = data.Augmentation("alternating")
-    plain = data.TrainBatches(split, IMAGENET, 64, augmentation=flips, seed=5)
+    plain = data.TrainBatches(split, IMAGENET_STATS, 64, augmentation=flips, seed=5)
     scratch = tmp_path / "r.pt"
-    kept = features.compute_features(trunk, images, IMAGENET, 32, precision, scratch)
+    kept = features.compute_features(backbone, images, IMAGENET_STATS, 32, precision, scratch)
     assert kept.shape[:3] == (320, 2, 8)
     cached = features.FeatureBatches(plain, kept)
     for epoch in (0, 1):
@@ -141,7 +141,7 @@ def test_cached_features_give_the_batches_the_uncached_trunk_gives(sample, tmp_p
             plain.epoch(epoch), cached.epoch(epoch), strict=True
         ):
             assert torch.equal(labels, same)
-            expected = engine.forward(trunk, x, precision).to(feature.dtype)
+            expected = engine.forward(backbone, x, precision).to(feature.dtype)
             tolerance = {"rtol": 1e-2, "atol": 1e-3} if precision == "bf16" else {}
             torch.testing.assert_close(feature, expected, **tolerance)
 
@@ -154,7 +154,7 @@ def test_features_that_do_not_fit_in_memory_go_to_a_file_that_vanishes(
     sample, tmp_path, monkeypatch, capsys
 ):
     images = torch.from_numpy(sample["test_images"])
-    arguments = (torch.nn.Conv2d(3, 4, 3), images, IMAGENET, 32, "fp32", tmp_path / "r.pt")
+    arguments = (torch.nn.Conv2d(3, 4, 3), images, IMAGENET_STATS, 32, "fp32", tmp_path / "r.pt")
     kept = features.compute_features(*arguments)
     assert "in memory" in capsys.readouterr().out
     monkeypatch.setattr(features, "available_memory", lambda: 1000)
@@ -224,26 +224,26 @@ def test_finetuned_checkpoint_says_where_it_began_and_needs_nothing_to_be_used(r
 
 @pytest.fixture
 def lively_weights(workplace, sample):
-    """Random weights with the BatchNorm statistics of images: the trunk tells them apart."""
-    model = operated("mobilenet_v3_small", image_size=32, open_stem=True).train()
+    """Random weights with the BatchNorm statistics of images: the backbone tells them apart."""
+    model = adapted("mobilenet_v3_small", image_size=32, open_stem=True).train()
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.momentum = None  # the mean of all batches
     with torch.no_grad():
-        model(data.normalize(torch.from_numpy(sample["test_images"]), IMAGENET))
+        model(data.normalize(torch.from_numpy(sample["test_images"]), IMAGENET_STATS))
     torch.save(model.network.state_dict(), "lively.pth")
     return "lively.pth"
 
 
 @pytest.mark.parametrize("unfreeze", ["head", "last"])
-def test_the_cache_runs_the_trunk_twice_an_image_and_changes_no_bit(
+def test_the_cache_runs_the_backbone_twice_an_image_and_changes_no_bit(
     run, monkeypatch, lively_weights, unfreeze
 ):
     seen, forward = [], engine.forward
 
-    def counted(trunk, x, precision):
+    def counted(backbone, x, precision):
         seen.append(len(x))
-        return forward(trunk, x, precision)
+        return forward(backbone, x, precision)
 
     monkeypatch.setattr(features, "forward", counted)
     options = "--weights", lively_weights, "--dropout", "0", "--epochs", "3", "--unfreeze", unfreeze

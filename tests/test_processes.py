@@ -90,7 +90,13 @@ def flat(model):
 
 def learn(model, trained, batches, optimizer):
     """Trains in float64; every process must hold the same numbers after every step."""
-    groups = parameter_groups(trained, optimizer=optimizer, weight_decay=0.1, muon_lr_scale=30)
+    groups = parameter_groups(
+        trained,
+        optimizer=optimizer,
+        classifier=model.classifier,
+        weight_decay=0.1,
+        muon_lr_scale=30,
+    )
     optimizer = make_optimizer(groups, optimizer, 3e-3, "fp32")
     optimizer.dtype = torch.float64  # Muon's
     network = processes.shared(trained)
