@@ -92,7 +92,7 @@ def train(settings: FineTuneSettings, command: str) -> None:
         processes.joined(select_device(settings.device)) as device,
         run.claim(settings, settings.arch, command) as claimed,
     ):
-        splits, source = loading.load_splits(settings, device)
+        splits, source, pictures = loading.load_splits(settings, device, claimed.state)
         prepare()
         splits = splits._replace(stats=ChannelStats(*IMAGENET))
 
@@ -127,6 +127,7 @@ def train(settings: FineTuneSettings, command: str) -> None:
         training = Training(
             *(claimed, settings, trained, optimizer, batches, precision, described),
             seconds_before=now(device) - begun,
+            pictures=pictures,
         )
         training.follow(
             engine.train(

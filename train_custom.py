@@ -73,7 +73,7 @@ def train(settings: CustomSettings, command: str) -> None:
         processes.joined(select_device(settings.device)) as device,
         run.claim(settings, "custom_cnn", command) as claimed,
     ):
-        splits, source = loading.load_splits(settings, device)
+        splits, source, pictures = loading.load_splits(settings, device, claimed.state)
         prepare()
 
         model, surgery, batches = begin(settings, splits)
@@ -94,7 +94,10 @@ def train(settings: CustomSettings, command: str) -> None:
             start_weights=weights,
             data=source,
         )
-        training = Training(claimed, settings, model, optimizer, batches, precision, described)
+        training = Training(
+            *(claimed, settings, model, optimizer, batches, precision, described),
+            pictures=pictures,
+        )
 
         def validate() -> tuple[float, float]:
             images = inputs(processes.own(splits.val.images), splits.stats, batches.side)

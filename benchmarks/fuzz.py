@@ -1,8 +1,7 @@
 """Feeds damaged and hostile checkpoints, data sets, weights and pictures to what opens them.
 
 Each must give one clear error (UnusableInput, OSError) or the correct result; never another
-exception, a hang, an execution, or a wrong answer. Sound pictures with odd surroundings must show
-what they hold (`odd_pictures.py`).
+exception, a hang, an execution, or a wrong answer.
 """
 
 import collections
@@ -16,6 +15,7 @@ import struct
 import sys
 import tarfile
 import tempfile
+import zlib
 from pathlib import Path
 from unittest import mock
 
@@ -26,7 +26,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks import common, odd_pictures
+from benchmarks import common
 from benchmarks.mutations import Code, compressed, damaged, hostile_npz, rewritten, saved
 from data import ChannelStats, Split
 from errors import UnusableInput
@@ -171,9 +171,9 @@ class Datasets(Case):
 
 
 # A sound header that promises a billion pixels.
-HUGE_PNG = odd_pictures.SIGNATURE + odd_pictures.chunk(
-    b"IHDR", struct.pack(">IIBBBBB", 32_000, 32_000, 1, 0, 0, 0, 0)
-)
+HEADER = b"IHDR" + struct.pack(">IIBBBBB", 32_000, 32_000, 1, 0, 0, 0, 0)
+CHECKSUM = struct.pack(">I", zlib.crc32(HEADER))
+HUGE_PNG = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + HEADER + CHECKSUM
 
 
 class Pictures(Case):
@@ -248,11 +248,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     results = fuzz(args.count, args.seed)
-    results["odd pictures"] = odd_pictures.compare(args.count, args.seed, report=True)
     for kind, outcomes in results.items():
         print(f"{kind}: " + ", ".join(f"{name} {n}" for name, n in outcomes.items()))
     common.write(args, results)
-    fine = {"clear error", "correct", "equal", "refused"}
+    fine = {"clear error", "correct"}
     sys.exit(any(n for found in results.values() for name, n in found.items() if name not in fine))
 
 

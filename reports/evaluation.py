@@ -19,13 +19,14 @@ from data import ChannelStats, Split, Splits, TrainBatches
 from engine import predict
 from errors import printable
 from models import Whitening
-from reports import tables
+from reports import picture_list, tables
 from reports.history import TIMINGS
 from reports.live import best_effort
 from reports.provenance import REPEATED, hardware
 from runs.run import Run
 from runs.training import Training
 from runtime import processes
+from sources.known_pictures import known
 from storage import checkpoint
 from storage.files import sha256, write_atomically, write_json
 
@@ -58,10 +59,15 @@ def finish(training: Training, model: nn.Module, splits: Splits, tta: str) -> No
     if processes.RANK:
         return
     last = {k: v for k, v in history[-1].items() if k not in TIMINGS}
+    used = {}
+    if training.pictures:
+        used["pictures"] = known(training.pictures)
+        picture_list.write(run.results_dir / "pictures.csv", training.pictures)
     checkpoint.save(
         run.checkpoint_path,
         {
             **{key: described[key] for key in REPEATED},
+            **used,
             "classes": list(splits.classes),
             "mean": list(splits.stats.mean),
             "std": list(splits.stats.std),

@@ -4,14 +4,18 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
-from data import ChannelStats, Split, Splits
+from data import Arrays, ChannelStats, Split, Splits
 from errors import UnusableInput, printable
 from reports import evaluation, history, pages, provenance
 from reports.live import best_effort
 from runtime import processes
+from sources import picture_folder
+from sources.cifar10 import cifar10
+from sources.known_pictures import find_test
 from storage.files import read_json, sha256, write_json
 
 
@@ -27,34 +31,47 @@ def test_split(
         device: where the tensors are put.
 
     Raises:
-        UnusableInput: they are not there, or no longer those of the training.
+        UnusableInput: they are not there, or nobody can know which they were.
     """
-    if folder := saved["config"].get("pictures"):
-        from sources import pictures
-
-        shares = {key: saved["config"][key] for key in ("val_fraction", "seed")}
-        place, side = place or Path(folder), saved["data"]["image_shape"][0]
-        arrays, source = pictures.folder(place, side, **shares)
-        drawn = [{k: of.get(k) for k in ("per_class", "splits")} for of in (source, saved["data"])]
-        if drawn[0] != drawn[1]:  # what is drawn anew could hold images it was trained on
-            raise UnusableInput(
-                f"{printable(place)} has changed since {saved['name']} was trained on it: restore "
-                "it, or name with --pictures where it lies as it was"
-            )
-    else:
-        from sources.cifar10 import cifar10
-
-        arrays = cifar10(data_dir)
-    if list(arrays.classes) != saved["classes"]:
-        raise UnusableInput(
-            f"{saved['name']} knows other classes than {printable(folder or 'CIFAR-10')}: name the "
-            "pictures it was trained on with --pictures"
-        )
+    folder = saved["config"].get("pictures")
     limit = saved["config"].get("limit")  # a smoke run is judged on what it was meant for
-    images = torch.from_numpy(arrays.test_images[:limit]).to(device)
-    labels = torch.from_numpy(arrays.test_labels[:limit].astype("int64")).to(device)
+    if folder and "pictures" in saved:
+        side = saved["data"]["image_shape"][0]
+        images, names = find_test(place or Path(folder), saved["pictures"], side)
+        labels = np.array([saved["classes"].index(name) for name in names], np.int64)
+    elif folder:
+        arrays = _given_test(saved, place or Path(folder))
+        images = arrays.test_images[:limit]
+        labels = arrays.test_labels[:limit]
+    else:
+        arrays = cifar10(data_dir)
+        images = arrays.test_images[:limit]
+        labels = arrays.test_labels[:limit].astype(np.int64)
+        if list(arrays.classes) != saved["classes"]:
+            raise UnusableInput(
+                f"{saved['name']} knows other classes than CIFAR-10: name the pictures it was "
+                "trained on with --pictures"
+            )
+    split = Split(torch.from_numpy(images).to(device), torch.from_numpy(labels).to(device))
     stats = ChannelStats(tuple(saved["mean"]), tuple(saved["std"]))
-    return Splits(arrays.classes, stats, None, None, Split(images, labels))
+    return Splits(tuple(saved["classes"]), stats, None, None, split)
+
+
+def _given_test(saved: dict[str, Any], place: Path) -> Arrays:
+    """The pictures in `test/`, for a checkpoint older than the hashes of its pictures."""
+    remedy = "train it anew, for its checkpoint to know them"
+    if saved["data"]["splits"] != "as given":
+        raise UnusableInput(
+            f"{saved['name']} does not say which pictures were kept for its test: {remedy}"
+        )
+    side = saved["data"]["image_shape"][0]
+    arrays, _, source = picture_folder.folder(place, side, val_fraction=0, seed=0)
+    if source["splits"] != "as given" or list(arrays.classes) != saved["classes"]:
+        raise UnusableInput(
+            f"{printable(place)} has not the test/ and the classes of {saved['name']}: name with "
+            f"--pictures where they are, or {remedy}"
+        )
+    return arrays
 
 
 def judge_checkpoint(

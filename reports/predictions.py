@@ -34,7 +34,7 @@ def classify(
     Raises:
         UnusableInput: some pictures could not be read; the others have been printed.
     """
-    files = list(pictures.find(paths))
+    files = pictures.find(paths)
     if not files:
         given = " ".join(map(printable, paths))
         raise UnusableInput(f"--predict {given}: no pictures there; give files or their folder")
@@ -47,9 +47,8 @@ def classify(
     side = saved.get("image_size", 32)
     seen_side = saved.get("data", {}).get("image_shape", [32])[0]
     for name, file in zip(names, files, strict=True):
-        notes: list[str] = []
         try:
-            seen = pictures.load(file, seen_side, notes)
+            seen = pictures.load(file, seen_side)
         except UnusableInput as error:
             print(f"error: {error}", file=sys.stderr)
             unreadable += 1
@@ -63,7 +62,7 @@ def classify(
             for value, index in zip(top.values.tolist(), top.indices.tolist(), strict=True)
         ]
         guesses = ", ".join(f"{label} {100 * value:.1f} %" for label, value in likely)
-        print(f"{name:<{width}}  {guesses}", *(f"({note})" for note in notes), flush=True)
+        print(f"{name:<{width}}  {guesses}", flush=True)
         if figure and len(shown) < MOST_DRAWN:
             shown.append((name, pictures.load(file, 224), seen, likely))
     if figure and shown:

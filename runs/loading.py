@@ -12,6 +12,9 @@ from data import Augmentation, Splits, TrainBatches, make_splits
 from errors import UnusableInput, printable
 from runtime import processes
 from runtime.device import choose_precision
+from sources.cifar10 import cifar10
+from sources.known_pictures import Known, changes, known
+from sources.picture_folder import Picture, folder
 from storage import checkpoint
 from storage.files import sha256
 
@@ -19,24 +22,38 @@ FEW_STEPS = 150  # of a training on few pictures
 
 
 @processes.agreed()
-def load_splits(settings: Settings, device: torch.device) -> tuple[Splits, dict[str, Any]]:
+def load_splits(
+    settings: Settings, device: torch.device, state: dict[str, Any] | None = None
+) -> tuple[Splits, dict[str, Any], dict[str, list[Picture]] | None]:
     """Loads CIFAR-10 or a folder of pictures, as tensors on the device.
 
+    Args:
+        settings: of the run.
+        device: where the tensors are put.
+        state: what an interrupted run saved, whose pictures must be the same.
+
     Returns:
-        The splits, and what config.json says of where they come from.
+        The splits; what config.json says of where they come from; and the pictures of each split
+        in their order, None for CIFAR-10.
 
     Raises:
-        UnusableInput: they cannot be had; or the batch is larger than the training split.
+        UnusableInput: they cannot be had, or have changed since the run began; or the batch is
+            larger than the training split.
     """
     if settings.pictures:
-        from sources import pictures
-
-        shares = {"val_fraction": settings.val_fraction, "seed": settings.seed}
-        arrays, source = pictures.folder(settings.pictures, settings.image_size or 32, **shares)
+        arrays, pictures, source = folder(
+            settings.pictures,
+            settings.image_size or 32,
+            val_fraction=settings.val_fraction,
+            seed=settings.seed,
+        )
+        pictures = {split: those[: settings.limit] for split, those in pictures.items()}
+        if state:
+            _check_same_pictures(settings.pictures, state.get("pictures"), known(pictures))
     else:
-        from sources.cifar10 import cifar10
-
-        arrays, source = cifar10(settings.data_dir), {"source": "CIFAR-10"}
+        arrays = cifar10(settings.data_dir)
+        source = {"source": "CIFAR-10"}
+        pictures = None
     splits = make_splits(
         arrays,
         val_fraction=settings.val_fraction,
@@ -58,7 +75,18 @@ def load_splits(settings: Settings, device: torch.device) -> tuple[Splits, dict[
         raise UnusableInput(
             f"--translate {settings.translate}: the images have {min(shape)} pixels; move them less"
         )
-    return splits, source | {"image_shape": shape, "classes": len(splits.classes)}
+    return splits, source | {"image_shape": shape, "classes": len(splits.classes)}, pictures
+
+
+def _check_same_pictures(folder: Path, before: Known | None, now: Known) -> None:
+    if before is None:
+        changed = "nobody knows which pictures this run began with, an older version saved it"
+        remedy = "start another run with --run-name NAME"
+    else:
+        changed = f"changed since this run began: {changes(before, now)}"
+        remedy = "restore them, or start another run with --run-name NAME"
+    if before != now:
+        raise UnusableInput(f"--resume with --pictures {printable(folder)}: {changed}; {remedy}")
 
 
 @processes.agreed()

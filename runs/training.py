@@ -23,6 +23,8 @@ from reports.live import Live
 from runs.run import Run, resume_command
 from runtime import processes, signals
 from runtime.device import now, rng_state, set_rng_state
+from sources.known_pictures import known
+from sources.picture_folder import Picture
 from storage import checkpoint
 
 Row = dict[str, Any]
@@ -42,6 +44,7 @@ class Training:
         precision: "fp32" or "bf16".
         described: what `provenance.describe` returned; the live page shows it.
         seconds_before: what was spent on features of a frozen trunk; it counts as training.
+        pictures: of each split, where they are someone's own.
         rows: the history, a dict of `history.COLUMNS` for each epoch.
     """
 
@@ -53,6 +56,7 @@ class Training:
     precision: str
     described: dict[str, Any]
     seconds_before: float = 0.0
+    pictures: dict[str, list[Picture]] | None = None
 
     def __post_init__(self):
         self.device = next(self.model.parameters()).device
@@ -201,6 +205,7 @@ class Training:
             "config": self.settings.plain(),
             "precision": self.precision,
             "identity": provenance.identity(self.described),
+            "pictures": known(self.pictures) if self.pictures else None,
             "epoch": at.epoch,
             "step": at.step,
             "history": self.rows,
