@@ -1,6 +1,7 @@
 """What a run begins from: the data its settings name, and the weights."""
 
 import dataclasses
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,8 @@ def load_splits(
         pictures = {split: those[: settings.limit] for split, those in pictures.items()}
         if state:
             _check_same_pictures(settings.pictures, state.get("pictures"), known(pictures))
+        elif settings.weights:
+            _check_not_trained(Path(settings.weights), known(pictures)["test"])
     else:
         arrays = cifar10(settings.data_dir)
         source = {"source": "CIFAR-10"}
@@ -80,13 +83,28 @@ def load_splits(
 
 def _check_same_pictures(folder: Path, before: Known | None, now: Known) -> None:
     if before is None:
-        changed = "nobody knows which pictures this run began with, an older version saved it"
+        changed = "an older version began this run and did not note its pictures"
         remedy = "start another run with --run-name NAME"
     else:
         changed = f"changed since this run began: {changes(before, now)}"
         remedy = "restore them, or start another run with --run-name NAME"
     if before != now:
         raise UnusableInput(f"--resume with --pictures {printable(folder)}: {changed}; {remedy}")
+
+
+def _check_not_trained(weights: Path, test: Collection[str]) -> None:
+    """Refuses to begin from a checkpoint that was trained on pictures kept for the test."""
+    if not weights.is_file() or not checkpoint.is_checkpoint(weights):
+        return
+    _, content = checkpoint.load_model(weights)
+    before = content.get("pictures", {})
+    trained = {hash for split in ("train", "val") for hash in before.get(split, {})}
+    if trained & set(test):
+        raise UnusableInput(
+            f"--weights {printable(weights)}: {len(trained & set(test)):,} of the {len(test):,} "
+            "test pictures trained it; take the --seed of that training, or a folder with a test/ "
+            "of its own"
+        )
 
 
 @processes.agreed()

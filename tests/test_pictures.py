@@ -816,6 +816,13 @@ def test_an_older_checkpoint_is_evaluated_where_its_folder_has_a_test_of_its_own
     assert report()["n"] == 7
 
 
+def test_no_run_begins_from_weights_that_its_test_pictures_trained(after, run, refused):
+    more = ("--weights", "checkpoints/custom_cnn.pt", "--run-name", "more")
+    line = refused(*TINY, *more, "--seed", "1")
+    assert "test pictures trained it; take the --seed of that training" in line
+    assert run(*TINY, *more).code == 0
+
+
 def test_a_limit_takes_from_every_class_and_the_run_knows_only_what_it_used(run):
     noise(Path("noise"), {"cat": 40, "dog": 40})
     assert run(*TINY, "--limit", "16").code == 0
