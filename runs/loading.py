@@ -98,7 +98,7 @@ def _check_not_trained(weights: Path, test: Collection[str]) -> None:
         return
     _, content = checkpoint.load_model(weights)
     before = content.get("pictures", {})
-    trained = {hash for split in ("train", "val") for hash in before.get(split, {})}
+    trained = {digest for split in ("train", "val") for digest in before.get(split, {})}
     if trained & set(test):
         raise UnusableInput(
             f"--weights {printable(weights)}: {len(trained & set(test)):,} of the {len(test):,} "

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from errors import UnusableInput, printable
-from sources.picture_folder import HASH_DIGITS, Picture, class_name, say
-from sources.pictures import has_picture_ending, load, search
+from sources.picture_folder import HASH_DIGITS, Picture, class_name, read_all, say
+from sources.pictures import has_picture_ending, search
 from storage.files import sha256
 
 Known = dict[str, dict[str, str]]  # of "train", "val", "test" the hashes, each with its class
@@ -34,7 +34,7 @@ def changes(before: Known, now: Known) -> str:
     for number, what in (
         (len(old) - len(stayed), "removed or changed"),
         (len(new) - len(stayed), "added"),
-        (sum(old[hash] != new[hash] for hash in stayed), "in another class or split"),
+        (sum(old[digest] != new[digest] for digest in stayed), "in another class or split"),
     ):
         if number:
             said.append(f"pictures {what}: {number:,}")
@@ -64,10 +64,14 @@ def find_test(folder: Path, pictures: Known, side: int) -> tuple[np.ndarray, lis
     found, others = search(folder)
     files = found + others
     with ThreadPoolExecutor() as pool:
-        hashes = list(pool.map(_hash, files))
-    places = dict(zip(hashes, files, strict=True))
+        digests = list(pool.map(_hash, files))
+    places = dict(zip(digests, files, strict=True))
     test = pictures["test"]
-    present = [hash for hash in test if hash in places]
+    present = [digest for digest in test if digest in places]
+    images, read = read_all(name, [places[digest] for digest in present], side)
+    readable = [row for row, digest in enumerate(read) if digest != ""]
+    images = images[readable]
+    present = [present[row] for row in readable]
     if not present:
         raise UnusableInput(
             f"{name}: holds none of the {len(test):,} test pictures of the training; say with "
@@ -76,17 +80,17 @@ def find_test(folder: Path, pictures: Known, side: int) -> tuple[np.ndarray, lis
     lines = []
     if len(present) < len(test):
         lines.append(f"missing: {len(test) - len(present):,} of {len(test):,} test pictures")
-    moved = _num_moved({places[hash].relative_to(folder): test[hash] for hash in present})
+    moved = _num_moved({places[digest].relative_to(folder): test[digest] for digest in present})
     if moved:
         lines.append(
             f"in another class now: {moved:,} of the test pictures; the class they had at the "
             "training counts"
         )
-    trained = {hash for split in ("train", "val") for hash in pictures.get(split, {})}
+    trained = {digest for split in ("train", "val") for digest in pictures.get(split, {})}
     more = {
-        hash
-        for hash, file in zip(hashes, files, strict=True)
-        if folder / "test" in file.parents and has_picture_ending(file) and hash not in test
+        digest
+        for digest, file in zip(digests, files, strict=True)
+        if folder / "test" in file.parents and has_picture_ending(file) and digest not in test
     }
     if more:
         lines.append(
@@ -94,16 +98,13 @@ def find_test(folder: Path, pictures: Known, side: int) -> tuple[np.ndarray, lis
             f"{len(more & trained):,} trained the network; they do not count"
         )
     say([f"{name}: {line}" for line in lines])
-    images = np.empty((len(present), side, side, 3), np.uint8)
-    for row, hash in enumerate(present):
-        images[row] = load(places[hash], side)
-    return images, [test[hash] for hash in present]
+    return images, [test[digest] for digest in present]
 
 
 def _by_hash(pictures: Known) -> dict[str, tuple[str, str]]:
     """Split and class of each picture."""
     return {
-        hash: (split, name) for split, those in pictures.items() for hash, name in those.items()
+        digest: (split, name) for split, those in pictures.items() for digest, name in those.items()
     }
 
 

@@ -79,58 +79,98 @@ def folder(
         examples = ", ".join(_relative(file, path) for file in others[:3])
         line = f"{len(others):,} files have no ending of a picture: left out"
         say([f"{name}: {line} (like {examples})"])
-    drawn = []
+    shares = {}  # of the splits that are drawn
     if "test" not in given:
-        drawn.append("test")
+        shares["test"] = test_fraction
     if "val" not in given and val_fraction:
-        drawn.append("validation")
-    _check_train(name, classes, drawn, Counter(f.label for f in files if f.split == "train"))
+        shares["val"] = val_fraction
+    listed = Counter(file.label for file in files if file.split == "train")
+    _check_train(name, classes, list(shares), listed)  # before reading takes minutes
 
-    images, hashes = _read(name, [file.path for file in files], side)
-    chosen, copies, in_two = _unique(files, hashes)
+    images, digests = read_all(name, [file.path for file in files], side)
+    chosen, copies, in_two = _unique(files, digests)
     if copies or in_two:
         line = f"{copies:,} as copies of others, {len(in_two):,} as they lie in two classes"
         example = f" (like {_relative(in_two[0], path)})" if in_two else ""
         say([f"{name}: left out: {line}{example}"])
     rows = {split: [[] for _ in classes] for split in given}  # of the images, by split and class
-    for row in sorted(chosen, key=lambda row: _rank(hashes[row], seed)):
+    for row in sorted(chosen, key=lambda row: _rank(digests[row], seed)):
         rows[files[row].split][files[row].label].append(row)
-    _check_train(name, classes, drawn, dict(enumerate(map(len, rows["train"]))))
+    usable = Counter(files[row].label for row in chosen if files[row].split == "train")
+    _check_train(name, classes, list(shares), usable)
     for split in given:
         _check_given(name, classes, split, rows[split])
-    if "test" in drawn:
-        rows["test"] = _cut(rows["train"], test_fraction, leave=len(drawn))
-    if "validation" in drawn:
-        rows["val"] = _cut(rows["train"], val_fraction, leave=1)
+    for number, (split, share) in enumerate(shares.items()):
+        rows[split] = _cut(rows["train"], share, leave=len(shares) - number)
 
     order = {split: _in_turn(rows[split]) for split in SPLITS if split in rows}
-    pictures = {
-        split: [
-            Picture(
-                _relative(files[row].path, path),
-                classes[files[row].label],
-                hashes[row][:HASH_DIGITS],
-            )
-            for row in order[split]
-        ]
-        for split in order
-    }
-    arrays = _arrays(classes, images, [file.label for file in files], order)
+    pictures = {split: [] for split in order}
+    for split, those in order.items():
+        for row in those:
+            file = files[row]
+            digest = digests[row][:HASH_DIGITS]
+            pictures[split].append(Picture(_relative(file.path, path), classes[file.label], digest))
     counts = Counter(files[row].label for row in chosen)
-    num_read = sum(hash != "" for hash in hashes)
-    made = f"made (seed {seed}, {100 * test_fraction:g} % test)"
+    num_unreadable = digests.count("")
     described = {
         "source": "pictures",
         "folder": name,
-        "read": num_read,
-        "unreadable": len(files) - num_read,
+        "read": len(files) - num_unreadable,
+        "unreadable": num_unreadable,
         "other_files": len(others),
         "copies": copies,
         "in_two_classes": len(in_two),
-        "per_class": {class_name: counts[label] for label, class_name in enumerate(classes)},
-        "splits": "as given" if "test" in given else made,
+        "per_class": {each: counts[label] for label, each in enumerate(classes)},
+        "splits": "as given",
     }
+    if "test" in shares:
+        described["splits"] = f"made (seed {seed}, {100 * test_fraction:g} % test)"
+    arrays = _arrays(classes, images, [file.label for file in files], order)
     return arrays, pictures, described
+
+
+def read_all(name: str, files: list[Path], side: int) -> tuple[np.ndarray, list[str]]:
+    """Reads pictures, many at a time; what cannot be read is named on stderr.
+
+    Args:
+        name: of their folder, for messages.
+        files: the pictures.
+        side: of the squares, pixels.
+
+    Returns:
+        Squares (N, side, side, 3) uint8, and the hex SHA-256 of each file, "" of an unreadable one.
+
+    Raises:
+        UnusableInput: they would not fit into memory.
+    """
+    taken = len(files) * side * side * 3 / 1e9
+    free = available_memory() / 1e9
+    if taken > free / 2:  # the training needs some, too
+        rule = f"{len(files):,} pictures of {side} px take {taken:.2g} of the {free:.2g} GB free"
+        raise UnusableInput(f"{name}: {rule}; use a smaller --image-size or fewer pictures")
+    images = np.empty((len(files), side, side, 3), np.uint8)
+    lines: list[str] = []
+
+    def read(row: int) -> str:
+        try:
+            images[row], digest = load_hashed(files[row], side)
+        except UnusableInput as error:
+            if isinstance(error.__cause__, MemoryError):
+                raise  # not the picture's fault
+            lines.append(f"{error}; left out")
+            return ""
+        return digest
+
+    pool = ThreadPoolExecutor()  # Pillow works without Python's lock
+    try:
+        with warnings.catch_warnings():  # threads share the filters: this puts them back
+            warnings.simplefilter("ignore")
+            done = pool.map(read, range(len(files)))
+            digests = list(tqdm(done, total=len(files), unit=" pictures", disable=None))
+    finally:
+        pool.shutdown(cancel_futures=True)  # a signal does not wait for the rest
+    say(sorted(lines))
+    return images, digests
 
 
 def class_name(folder: str) -> str:
@@ -198,24 +238,19 @@ def _relative(file: Path, path: Path) -> str:
     return printable(file.relative_to(path).as_posix())
 
 
-def _check_train(
-    name: str, classes: Sequence[str], drawn: list[str], counts: dict[int, int]
-) -> None:
+def _check_train(name: str, classes: Sequence[str], drawn: list[str], counts: Counter[int]) -> None:
     """Refuses classes with too few pictures for one in each split that is drawn from them."""
     needed = len(drawn) + 1
     lacking = [
-        f"{class_name} lacks {needed - counts.get(label, 0)}"
-        for label, class_name in enumerate(classes)
-        if counts.get(label, 0) < needed
+        f"{each} lacks {needed - counts[label]}"
+        for label, each in enumerate(classes)
+        if counts[label] < needed
     ]
     if lacking:
-        which = ", ".join(lacking[:10])
-        if len(lacking) > 10:
-            which += f" and {len(lacking) - 10:,} more classes some"
-        what = ", ".join([*drawn, "training"])
+        splits = ", ".join([*drawn, "train"])
         raise UnusableInput(
-            f"{name}: every class needs {needed} different pictures that can be read ({what}): "
-            f"{which}; add some, or take the folder away"
+            f"{name}: every class needs {needed} different pictures that can be read, one for each "
+            f"of {splits}: {_first_ten(lacking)}; add some, or take the folder away"
         )
 
 
@@ -228,65 +263,37 @@ def _check_given(name: str, classes: Sequence[str], split: str, rows: list[list[
             "folder away"
         )
     if missing:
-        more = f" and {len(missing) - 10:,} more classes" if len(missing) > 10 else ""
-        say([f"{name}: {split}/ has no picture of {', '.join(missing[:10])}{more}"])
+        say([f"{name}: {split}/ has no picture of {_first_ten(missing)}"])
 
 
-def _read(name: str, files: list[Path], side: int) -> tuple[np.ndarray, list[str]]:
-    """Squares (N, side, side, 3) uint8 and hashes; what cannot be read has an empty one."""
-    taken = len(files) * side * side * 3 / 1e9
-    free = available_memory() / 1e9
-    if taken > free / 2:  # the training needs some, too
-        rule = f"{len(files):,} pictures of {side} px take {taken:.2g} of the {free:.2g} GB free"
-        raise UnusableInput(f"{name}: {rule}; use a smaller --image-size or fewer pictures")
-    images = np.empty((len(files), side, side, 3), np.uint8)
-    lines: list[str] = []
-
-    def read(row: int) -> str:
-        try:
-            images[row], hash = load_hashed(files[row], side)
-        except UnusableInput as error:
-            if isinstance(error.__cause__, MemoryError):
-                raise  # not the picture's fault
-            lines.append(f"{error}; left out")
-            return ""
-        return hash
-
-    pool = ThreadPoolExecutor()  # Pillow works without Python's lock
-    try:
-        with warnings.catch_warnings():  # threads share the filters: this puts them back
-            warnings.simplefilter("ignore")
-            done = pool.map(read, range(len(files)))
-            hashes = list(tqdm(done, total=len(files), unit=" pictures", disable=None))
-    finally:
-        pool.shutdown(cancel_futures=True)  # a signal does not wait for the rest
-    say(sorted(lines))
-    return images, hashes
+def _first_ten(words: list[str]) -> str:
+    more = f" and {len(words) - 10:,} more" if len(words) > 10 else ""
+    return ", ".join(words[:10]) + more
 
 
-def _unique(files: list[_File], hashes: list[str]) -> tuple[list[int], int, list[Path]]:
+def _unique(files: list[_File], digests: list[str]) -> tuple[list[int], int, list[Path]]:
     """The rows that count, the number of copies, and the files whose picture is in two classes."""
     labels: dict[str, set[int]] = {}
-    for file, hash in zip(files, hashes, strict=True):
-        labels.setdefault(hash, set()).add(file.label)
+    for file, digest in zip(files, digests, strict=True):
+        labels.setdefault(digest, set()).add(file.label)
     first: dict[str, int] = {}
     copies = 0
     in_two = []
-    for row, hash in enumerate(hashes):  # the files of `test/` come first, see SPLITS
-        if hash == "":
+    for row, digest in enumerate(digests):  # the files of `test/` come first, see SPLITS
+        if digest == "":
             continue
-        if len(labels[hash]) > 1:
+        if len(labels[digest]) > 1:
             in_two.append(files[row].path)
-        elif hash in first:
+        elif digest in first:
             copies += 1
         else:
-            first[hash] = row
+            first[digest] = row
     return list(first.values()), copies, in_two
 
 
-def _rank(hash: str, seed: int) -> bytes:
+def _rank(digest: str, seed: int) -> bytes:
     """What orders the pictures of a class: random, but the same on every machine."""
-    return hashlib.sha256(f"{seed} {hash}".encode()).digest()
+    return hashlib.sha256(f"{seed} {digest}".encode()).digest()
 
 
 def _cut(rows: list[list[int]], fraction: float, leave: int) -> list[list[int]]:

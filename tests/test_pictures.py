@@ -586,9 +586,12 @@ def test_unreadable_pictures_are_named_counted_and_left_out(tmp_path, capsys):
         (dict.fromkeys(map(str, range(1001)), 0), "1,001 folders of classes"),
         (
             {"cat": 5, "dog": 0, "owl": 2},
-            r"every class needs 3 .* \(test, validation, training\): dog lacks 3, owl lacks 1; add",
+            r"every class needs 3 .* each of test, val, train: dog lacks 3, owl lacks 1; add",
         ),
-        ({"train/cat": 5, "train/dog": 1, "test/cat": 1}, r"needs 2 .*\(validation, training\)"),
+        (
+            {"train/cat": 5, "train/dog": 1, "test/cat": 1},
+            r"needs 2 .* of val, train: dog lacks 1;",
+        ),
         ({"val/cat": 3, "val/dog": 3}, "no train/"),
         (
             {"train/cat": 3, "train/dog": 3, "test/cat": 1, "test/cow": 1},
