@@ -97,13 +97,11 @@ def _check_not_trained(weights: Path, test: Collection[str]) -> None:
     if not weights.is_file() or not checkpoint.is_checkpoint(weights):
         return
     _, content = checkpoint.load_model(weights)
-    before = content.get("pictures", {})
-    trained = {digest for split in ("train", "val") for digest in before.get(split, {})}
-    if trained & set(test):
+    trained = content.get("pictures", {}).get("train", {}).keys() & set(test)
+    if trained:
         raise UnusableInput(
-            f"--weights {printable(weights)}: {len(trained & set(test)):,} of the {len(test):,} "
-            "test pictures trained it; take the --seed of that training, or a folder with a test/ "
-            "of its own"
+            f"--weights {printable(weights)}: {len(trained):,} of the {len(test):,} test pictures "
+            "trained it; take the --seed of that training, or a folder with a test/ of its own"
         )
 
 

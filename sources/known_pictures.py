@@ -86,7 +86,6 @@ def find_test(folder: Path, pictures: Known, side: int) -> tuple[np.ndarray, lis
             f"in another class now: {moved:,} of the test pictures; the class they had at the "
             "training counts"
         )
-    trained = {digest for split in ("train", "val") for digest in pictures.get(split, {})}
     more = {
         digest
         for digest, file in zip(digests, files, strict=True)
@@ -95,7 +94,7 @@ def find_test(folder: Path, pictures: Known, side: int) -> tuple[np.ndarray, lis
     if more:
         lines.append(
             f"in test/, but no test pictures of the training: {len(more):,}, of which "
-            f"{len(more & trained):,} trained the network; they do not count"
+            f"{len(more & pictures['train'].keys()):,} trained the network; they do not count"
         )
     say([f"{name}: {line}" for line in lines])
     return images, [test[digest] for digest in present]
