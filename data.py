@@ -12,7 +12,11 @@ from torch import Tensor
 
 
 class Arrays(NamedTuple):
-    """A data set in memory: images (N, H, W, 3) uint8, labels (N,) that index `classes`."""
+    """A data set in memory: images (N, H, W, 3) uint8, labels (N,) that index `classes`.
+
+    The images of a split are in an order whose first N show every class, for `make_splits` to
+    limit them.
+    """
 
     classes: tuple[str, ...]
     train_images: np.ndarray
@@ -55,7 +59,7 @@ def make_splits(
     Args:
         arrays: the data set.
         val_fraction: share of every class that validates, where the data set brings no such split.
-        limit: keep the first `limit` images of each split.
+        limit: keep the first `limit` images of each split; see `Arrays` for their order.
         seed: chooses the validation images, so that equal seeds compare equal splits.
         device: where the tensors are put; CIFAR-10 takes 184 MB there.
     """
@@ -69,7 +73,7 @@ def make_splits(
         val = split(arrays.val_images, arrays.val_labels, slice(None))
     elif val_fraction:
         train, chosen = stratified_split(arrays.train_labels, val_fraction, seed)
-        val = split(arrays.train_images, arrays.train_labels, chosen) if len(chosen) else None
+        val = split(arrays.train_images, arrays.train_labels, chosen)
     return Splits(
         arrays.classes,
         channel_stats(arrays.train_images[train][:limit]),
@@ -80,19 +84,20 @@ def make_splits(
 
 
 def stratified_split(
-    labels: np.ndarray, fraction: float, seed: int, at_least: int = 0, leave: int = 1
+    labels: np.ndarray, fraction: float, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Takes images away from each class; gives the indices that stay and those taken, sorted.
 
-    Of a class `round(fraction * its size)` images go, chosen by `seed`: not fewer than `at_least`,
-    and so few that `leave` stay. `labels` are (N,) integers.
+    Of a class `round(fraction * its size)` images go, chosen by `seed`: at least one, and so few
+    that one stays. `labels` are (N,) integers.
     """
-    rng, taken = np.random.default_rng(seed), []
+    rng = np.random.default_rng(seed)
+    parts = []
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)
-        count = min(max(round(fraction * len(members)), at_least), len(members) - leave)
-        taken.append(rng.permutation(members)[:count])
-    taken = np.sort(np.concatenate(taken))
+        count = min(max(round(fraction * len(members)), 1), len(members) - 1)
+        parts.append(rng.permutation(members)[:count])
+    taken = np.sort(np.concatenate(parts))
     return np.setdiff1d(np.arange(len(labels)), taken, assume_unique=True), taken
 
 

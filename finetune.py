@@ -85,7 +85,7 @@ def train(settings: FineTuneSettings, command: str) -> None:
         device = claimed.device
 
         # Data
-        splits, source = loading.load_splits(settings, device)
+        splits, source, pictures = loading.load_splits(settings, device, claimed.state)
         splits = splits._replace(stats=IMAGENET_STATS)
         batches = loading.train_batches(settings, splits, settings.image_size)
         validation = loading.validation(splits, settings.image_size)
@@ -132,6 +132,7 @@ def train(settings: FineTuneSettings, command: str) -> None:
             batches,
             epochs=settings.epochs,
             save_every=settings.save_every,
+            pictures=pictures,
             seconds_before=feature_seconds,
         )
         steps = engine.train(

@@ -81,7 +81,7 @@ def train(settings: CustomSettings, command: str) -> None:
     """Trains one network and leaves its checkpoint, numbers and pictures."""
     with run.claim(settings, "custom_cnn", command) as claimed:
         # Data
-        splits, source = loading.load_splits(settings, claimed.device)
+        splits, source, pictures = loading.load_splits(settings, claimed.device, claimed.state)
         side = settings.image_size or 32
         batches = loading.train_batches(settings, splits, side)
         prepare()
@@ -116,6 +116,7 @@ def train(settings: CustomSettings, command: str) -> None:
             batches,
             epochs=settings.epochs,
             save_every=settings.save_every,
+            pictures=pictures,
         )
         steps = engine.train(
             network,

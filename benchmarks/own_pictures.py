@@ -23,28 +23,30 @@ from benchmarks import common, memory
 from sources.cifar10 import CLASSES, cifar10
 
 
-def write(
-    folder: Path, images: np.ndarray, labels: np.ndarray, photographs: int | None = None
-) -> int:
-    """Writes images (N, 32, 32, 3) as numbered files in a folder per class; returns their bytes.
+def write_small(folder: Path, images: np.ndarray, labels: np.ndarray) -> None:
+    """Writes each of the images (N, 32, 32, 3) as a numbered PNG in a folder per class."""
+    for number, (image, label) in enumerate(zip(images, labels, strict=True)):
+        path = folder / CLASSES[label] / f"{number:05}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
 
-    `photographs` are so many large JPEGs made of them, instead of a PNG of each.
-    """
+
+def write_photographs(folder: Path, images: np.ndarray, labels: np.ndarray, count: int) -> int:
+    """Writes so many large JPEGs made of the images in a folder per class; returns their bytes."""
 
     def one(number: int) -> int:
         index = number % len(images)
-        image, path = Image.fromarray(images[index]), folder / CLASSES[labels[index]]
-        path.mkdir(parents=True, exist_ok=True)
-        if photographs:  # grain, without which an enlarged picture would take too few bytes
-            noise = np.random.default_rng(number).integers(-12, 13, (480, 640, 1), np.int16)
-            values = np.asarray(image.resize((640, 480), Image.Resampling.BICUBIC)) + noise
-            image = Image.fromarray(values.clip(0, 255).astype(np.uint8))
-        path /= f"{number:05}.{'jpg' if photographs else 'png'}"
-        image.save(path, quality=90)
+        large = Image.fromarray(images[index]).resize((640, 480), Image.Resampling.BICUBIC)
+        # Grain, without which an enlarged picture would take too few bytes.
+        grain = np.random.default_rng(number).integers(-12, 13, (480, 640, 1), np.int16)
+        values = (np.asarray(large) + grain).clip(0, 255).astype(np.uint8)
+        path = folder / CLASSES[labels[index]] / f"{number:05}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(values).save(path, quality=90)
         return path.stat().st_size
 
     with ThreadPoolExecutor() as pool:
-        return sum(pool.map(one, range(photographs or len(images))))
+        return sum(pool.map(one, range(count)))
 
 
 def few(folder: Path, flags: str) -> dict[str, Any]:
@@ -56,7 +58,7 @@ def few(folder: Path, flags: str) -> dict[str, Any]:
         raise SystemExit(code)
     seconds = time.perf_counter() - begin
     found = json.loads((folder / "r/few/test.json").read_text(encoding="utf-8"))
-    return {"seconds": round(seconds, 1)} | {key: found[key] for key in ("top1", "top1_tta")}
+    return {"seconds": round(seconds, 1), "top1": found["top1"], "top1_tta": found["top1_tta"]}
 
 
 def main() -> None:
@@ -66,20 +68,23 @@ def main() -> None:
     parser.add_argument("--few", type=int, default=300, help="small pictures; 0 leaves them out")
     parser.add_argument("--flags", default="--arch resnet18", help="of finetune.py, for both")
     args = parser.parse_args()
-    data, figures = cifar10(args.data_dir), {"flags": args.flags}
+    data = cifar10(args.data_dir)
+    figures: dict[str, Any] = {"flags": args.flags}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if args.many:
-            size = write(folder / "many", data.train_images, data.train_labels, args.many)
-            job = f"finetune.py {args.flags} --limit 2000 --pictures {folder}/many"
+            place = folder / "many"
+            size = write_photographs(place, data.train_images, data.train_labels, args.many)
+            job = f"finetune.py {args.flags} --limit 2000 --pictures {place}"
             found = memory.run(job, args.data_dir.resolve())
             figures["many"] = {"pictures": args.many, "bytes": size, **found}
         if args.few:
-            chosen = [np.flatnonzero(data.train_labels == c)[: args.few // 10] for c in range(10)]
-            images, labels = (a[np.sort(np.concatenate(chosen))] for a in data[1:3])
-            write(folder / "few" / "train", images, labels)
-            write(folder / "few" / "test", data.test_images[:1000], data.test_labels[:1000])
-            figures["few"] = {"pictures": len(labels), **few(folder, args.flags)}
+            first = [np.flatnonzero(data.train_labels == c)[: args.few // 10] for c in range(10)]
+            chosen = np.concatenate(first)
+            place = folder / "few"
+            write_small(place / "train", data.train_images[chosen], data.train_labels[chosen])
+            write_small(place / "test", data.test_images[:1000], data.test_labels[:1000])
+            figures["few"] = {"pictures": len(chosen), **few(folder, args.flags)}
     print(figures)
     common.write(args, figures)
 

@@ -17,8 +17,8 @@ from engine import predict
 from errors import UnusableInput, printable
 from models import Whitening
 from reports import figures, history, pages, predictions, provenance
-from reports.judging import test_split
 from reports.live import best_effort
+from reports.test_images import test_split
 from runtime import launch, processes
 from storage.files import read_json, sha256, write_json
 
@@ -138,7 +138,7 @@ def evaluate_checkpoint(
     Raises:
         UnusableInput: the run's folder holds the results of another checkpoint.
     """
-    run_dir = results_dir / saved["name"]
+    run_dir = results_dir / Path(saved["name"]).name  # whatever a foreign file says
     digest = sha256(path)
     with processes.agreed():
         earlier = processes.from_first(read_json(run_dir / "test.json"))

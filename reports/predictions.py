@@ -14,6 +14,7 @@ from data import ChannelStats, inputs
 from engine import predict
 from errors import UnusableInput, printable
 from reports import figures
+from reports.picture_list import as_text
 from sources import pictures
 from storage.files import write_atomically
 
@@ -45,7 +46,7 @@ def write(
     """
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
-    names = [cell(name) for name in classes]
+    names = [as_text(name) for name in classes]
     table.writerow(["index", "true", "predicted", "views", *names])
     for index, label in enumerate(labels):
         values = probabilities(logits[index : index + 1], temperature)[0]
@@ -53,11 +54,6 @@ def write(
         shares = [f"{value:.6f}" for value in values.tolist()]
         table.writerow([index, names[label], predicted, tta, *shares])
     write_atomically(path, text.getvalue())
-
-
-def cell(text: str) -> str:
-    """Text for a cell of a CSV; a spreadsheet would run what begins like a formula."""
-    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
 
 
 def classify(
@@ -93,9 +89,8 @@ def classify(
     num_unreadable = 0
     shown = []
     for name, file in zip(names, files, strict=True):
-        notes: list[str] = []
         try:
-            seen = pictures.load(file, seen_side, notes)
+            seen = pictures.load(file, seen_side)
         except UnusableInput as error:
             print(f"error: {error}", file=sys.stderr)
             num_unreadable += 1
@@ -103,8 +98,7 @@ def classify(
         logits = _logits(model, seen, saved, tta)
         likely = _likeliest(probabilities(logits, temperature)[0], saved["classes"])
         guesses = ", ".join(f"{label} {100 * value:.1f} %" for label, value in likely)
-        remarks = "".join(f" ({note})" for note in notes)
-        print(f"{name:<{width}}  {guesses}{remarks}", flush=True)
+        print(f"{name:<{width}}  {guesses}", flush=True)
         if figure and len(shown) < MOST_DRAWN:
             shown.append((name, pictures.load(file, 224), seen, likely))
     if shown:

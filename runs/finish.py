@@ -6,11 +6,12 @@ from torch import nn
 import metrics
 from config import commandline
 from data import Splits
-from reports import evaluation, provenance, tables
+from reports import evaluation, picture_list, provenance, tables
 from reports.history import TIMINGS
 from reports.live import best_effort
 from runs.training import Training
 from runtime import launch
+from sources.known_pictures import known
 from storage import checkpoint
 from storage.files import sha256, write_json
 
@@ -48,6 +49,9 @@ def finish(training: Training, model: nn.Module, splits: Splits, tta: str) -> No
     content["std"] = list(splits.stats.std)
     content["metrics"] = numbers
     content["state_dict"] = _on_cpu(model)
+    if training.pictures:
+        content["pictures"] = known(training.pictures)
+        picture_list.write(run.results_dir / "pictures.csv", training.pictures)
     checkpoint.save(run.checkpoint_path, content)
     write_json(run.results_dir / "config.json", described)
     report["name"] = run.name

@@ -1,7 +1,8 @@
 """What a run begins from: the data its settings name, and the weights."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +15,9 @@ from data import Augmentation, Splits, TrainBatches, inputs, make_splits
 from errors import UnusableInput, printable
 from runtime import launch, processes
 from runtime.device import choose_precision
+from sources.cifar10 import cifar10
+from sources.known_pictures import Known, changes, known
+from sources.picture_folder import Picture, folder
 from storage import checkpoint
 from storage.files import sha256
 
@@ -21,24 +25,40 @@ FEW_STEPS = 150  # of a training on few pictures
 
 
 @processes.agreed()
-def load_splits(settings: Settings, device: torch.device) -> tuple[Splits, dict[str, Any]]:
+def load_splits(
+    settings: Settings, device: torch.device, state: dict[str, Any] | None = None
+) -> tuple[Splits, dict[str, Any], dict[str, list[Picture]] | None]:
     """Loads CIFAR-10 or a folder of pictures, as tensors on the device.
 
+    Args:
+        settings: of the run.
+        device: where the tensors are put.
+        state: what an interrupted run saved, whose pictures must be the same.
+
     Returns:
-        The splits, and what config.json says of where they come from.
+        The splits; what config.json says of where they come from; and the pictures of each split
+        in their order, None for CIFAR-10.
 
     Raises:
-        UnusableInput: they cannot be had; or the batch is larger than the training split.
+        UnusableInput: they cannot be had, or have changed since the run began; or the batch is
+            larger than the training split.
     """
     if settings.pictures:
-        from sources import pictures
-
-        shares = {"val_fraction": settings.val_fraction, "seed": settings.seed}
-        arrays, source = pictures.folder(settings.pictures, settings.image_size or 32, **shares)
+        arrays, pictures, source = folder(
+            settings.pictures,
+            settings.image_size or 32,
+            val_fraction=settings.val_fraction,
+            seed=settings.seed,
+        )
+        pictures = {split: those[: settings.limit] for split, those in pictures.items()}
+        if state:
+            _check_same_pictures(settings.pictures, state.get("pictures"), known(pictures))
+        elif settings.weights:
+            _check_not_trained(Path(settings.weights), known(pictures)["test"])
     else:
-        from sources.cifar10 import cifar10
-
-        arrays, source = cifar10(settings.data_dir), {"source": "CIFAR-10"}
+        arrays = cifar10(settings.data_dir)
+        source = {"source": "CIFAR-10"}
+        pictures = None
     splits = make_splits(
         arrays,
         val_fraction=settings.val_fraction,
@@ -46,17 +66,42 @@ def load_splits(settings: Settings, device: torch.device) -> tuple[Splits, dict[
         seed=settings.seed,
         device=device,
     )
-    if settings.batch_size > (size := len(splits.train.labels)):
+    size = len(splits.train.labels)
+    if settings.batch_size > size:
         raise UnusableInput(
             f"--batch-size {settings.batch_size}: there are {size} training images; take a "
             "smaller batch"
         )
-    steps = settings.epochs * -(-size // settings.batch_size)
-    if steps < FEW_STEPS and not settings.limit and launch.RANK == 0:
-        more = -(-FEW_STEPS // -(-size // 32))
-        print(f"{steps} steps are few to learn in: try --batch-size 32 --epochs {more}")
+    num_steps = settings.epochs * math.ceil(size / settings.batch_size)
+    if num_steps < FEW_STEPS and not settings.limit and launch.RANK == 0:
+        epochs = math.ceil(FEW_STEPS / math.ceil(size / 32))
+        print(f"{num_steps} steps are few to learn in: try --batch-size 32 --epochs {epochs}")
     shape = list(splits.train.images.shape[1:3])  # (H, W)
-    return splits, source | {"image_shape": shape, "classes": len(splits.classes)}
+    return splits, source | {"image_shape": shape, "classes": len(splits.classes)}, pictures
+
+
+def _check_same_pictures(folder: Path, before: Known | None, now: Known) -> None:
+    if before is None:
+        changed = "an older version began this run and did not note its pictures"
+        remedy = "start another run with --run-name NAME"
+    else:
+        changed = f"changed since this run began: {changes(before, now)}"
+        remedy = "restore them, or start another run with --run-name NAME"
+    if before != now:
+        raise UnusableInput(f"--resume with --pictures {printable(folder)}: {changed}; {remedy}")
+
+
+def _check_not_trained(weights: Path, test: Collection[str]) -> None:
+    """Refuses to begin from a checkpoint that was trained on pictures kept for the test."""
+    if not weights.is_file() or not checkpoint.is_checkpoint(weights):
+        return
+    _, content = checkpoint.load_checkpoint(weights)
+    trained = content.get("pictures", {}).get("train", {}).keys() & set(test)
+    if trained:
+        raise UnusableInput(
+            f"--weights {printable(weights)}: {len(trained):,} of the {len(test):,} test pictures "
+            "trained it; take the --seed of that training, or a folder with a test/ of its own"
+        )
 
 
 @processes.agreed()

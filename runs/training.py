@@ -23,6 +23,8 @@ from runs.loading import Validation
 from runs.run import Run, resume_command
 from runtime import launch, processes, signals
 from runtime.device import now, rng_state, set_rng_state
+from sources.known_pictures import known
+from sources.picture_folder import Picture
 from storage import checkpoint
 
 LOOK_EVERY = 20  # steps; reading a number waits for a GPU, so that there it is done now and then
@@ -76,6 +78,7 @@ class Training:
         batches: what is learned from.
         epochs: of the whole training.
         save_every: minutes between saved states, at most.
+        pictures: of each split, where they are someone's own.
         seconds_before: what was spent on features of a frozen backbone; it counts as training.
     """
 
@@ -89,6 +92,7 @@ class Training:
         *,
         epochs: int,
         save_every: float,
+        pictures: dict[str, list[Picture]] | None = None,
         seconds_before: float = 0.0,
     ):
         self.run = run
@@ -98,6 +102,7 @@ class Training:
         self.batches = batches
         self.epochs = epochs
         self.save_every = save_every
+        self.pictures = pictures
         self.precision = described["precision"]
 
         self.rows: list[history.Row] = []
@@ -272,6 +277,7 @@ class Training:
             "config": self.described["config"],
             "precision": self.precision,
             "identity": provenance.identity(self.described),
+            "pictures": known(self.pictures) if self.pictures else None,
             "epoch": at.epoch,
             "step": at.step,
             "history": self.rows,

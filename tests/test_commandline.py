@@ -99,7 +99,7 @@ UNUSABLE = """
 train_custom --epochs 0              | --epochs 0: must be at least 1
 train_custom --epochs -3             | --epochs -3: must be at least 1
 train_custom --epochs many           | invalid int value: 'many'; see --help
-train_custom --batch-size 400        | --batch-size 400: there are 311 training images; take
+train_custom --batch-size 400        | --batch-size 400: there are 310 training images; take
 train_custom --limit 0               | --limit 0: must be at least 4
 train_custom --recipe best-ever      | best-ever is unknown: choose from classic, modern
 train_custom --network huge          | --network huge: choose from tutorial, slim

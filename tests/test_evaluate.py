@@ -78,7 +78,7 @@ def test_a_folder_with_the_results_of_another_checkpoint_is_left_alone(refused, 
     assert REPORT.read_bytes() == before
 
 
-def test_a_run_on_part_of_the_data_is_judged_on_that_part(run, trained):
+def test_a_run_on_part_of_the_data_is_evaluated_on_that_part(run, trained):
     content = checkpoint.load(trained)
     checkpoint.save(trained, content | {"name": "part", "config": {"limit": 16}})
     assert run("evaluate", trained).code == 0

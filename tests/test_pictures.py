@@ -1,42 +1,51 @@
-"""What people's own pictures look like to the network, whatever file they come in."""
+"""What people's own pictures look like to the network, and which of them is in which split."""
 
+import csv
 import io
+import json
 import os
+import shutil
 import struct
-import sys
 import threading
 import time
 import types
+import unicodedata
 import warnings
 import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import CPU, SMALL, outcome
-from PIL import Image, ImageFile, PngImagePlugin
+from conftest import outcome
+from PIL import Image, ImageCms, ImageFile
 
-from benchmarks import odd_pictures
-from benchmarks.odd_pictures import chunk, exif, jpeg, png, tiff
+import train_custom
 from errors import UnusableInput
-from sources import pictures
-from sources.cifar10 import CLASSES
+from reports import picture_list
+from sources import picture_folder, pictures
+from sources.known_pictures import changes
+from sources.picture_folder import Picture
+from storage import checkpoint
+from storage.files import sha256
 
 RAMP = np.tile(np.arange(0, 256, 8), (32, 1))  # 0, 8, ... 248 from left to right
+UNIT = RAMP / 248
+STRETCHED = np.rint(UNIT * 255)
 COLOURS = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
 HALVES = np.zeros((40, 60, 3), np.uint8)
 HALVES[:, :30] = 255  # white on the left
 
 
-def loaded(tmp_path, content, notes=None):
+def loaded(tmp_path, content):
     path = tmp_path / "picture"
     path.write_bytes(content)
-    return pictures.load(path, 32, notes)
+    return pictures.load(path, 32)
 
 
 def saved(image, kind, **options):
     buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, kind, **options)
+    image = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    image.save(buffer, kind, **options)
     return buffer.getvalue()
 
 
@@ -48,273 +57,246 @@ def test_a_small_picture_keeps_its_very_bits(tmp_path):
 def test_a_large_picture_is_reduced_by_lanczos_from_its_central_square(tmp_path):
     image = Image.fromarray(COLOURS).resize((100, 60))
     expected = image.resize((32, 32), Image.Resampling.LANCZOS, box=(20, 0, 80, 60))
-    assert np.array_equal(loaded(tmp_path, saved(np.asarray(image), "PNG")), np.asarray(expected))
+    assert np.array_equal(loaded(tmp_path, saved(image, "PNG")), np.asarray(expected))
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "P", "CMYK", "1", "LA", "RGBA", "I;16"])
 def test_every_mode_shows_its_central_square_in_rgb(tmp_path, mode):
-    image = Image.fromarray(HALVES)
     if mode == "I;16":
         image = Image.fromarray(HALVES[..., 0].astype(np.uint16) * 257)
     else:
-        image = image.convert(mode)
-    path = tmp_path / ("a.tif" if mode == "CMYK" else "a.png")
-    image.save(path)
-    result = pictures.load(path)
+        image = Image.fromarray(HALVES).convert(mode)
+    result = loaded(tmp_path, saved(image, "TIFF" if mode == "CMYK" else "PNG"))
     assert result.shape == (32, 32, 3)
     assert result[:, :12].min() > 245
     assert result[:, 20:].max() < 10
 
 
-def test_what_is_transparent_is_white(tmp_path):
-    clear = np.zeros((9, 9, 4), np.uint8)
-    assert loaded(tmp_path, saved(clear, "PNG")).min() == 255
-    assert loaded(tmp_path, saved(clear, "WEBP", lossless=True)).min() == 255
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "TGA"])
+def test_what_is_transparent_is_white(tmp_path, kind):
+    alpha = np.full((32, 32, 1), 255, np.uint8)
+    alpha[16:] = 0
+    options = {"lossless": True} if kind == "WEBP" else {}
+    result = loaded(tmp_path, saved(np.dstack([COLOURS, alpha]), kind, **options))
+    assert np.array_equal(result[:16], COLOURS[:16])
+    assert result[16:].min() == 255
 
 
-@pytest.mark.parametrize("kind", ["TGA", "BMP", "ICO"])
+@pytest.mark.parametrize("kind", ["TGA", "ICO", "PNG"])
 def test_alpha_of_zeros_everywhere_is_no_transparency(tmp_path, kind):
+    options = {"sizes": [(32, 32)]} if kind == "ICO" else {}
     image = np.dstack([COLOURS, np.zeros((32, 32), np.uint8)])
-    if kind == "BMP":  # Pillow writes no alpha mask
-        masks = struct.pack("<IIII", 0xFF0000, 0xFF00, 0xFF, 0xFF000000)
-        head = struct.pack("<IiiHHIIiiII", 108, 32, 32, 1, 32, 3, 4096, 0, 0, 0, 0) + masks
-        start = b"BM" + struct.pack("<IHHI", 122 + 4096, 0, 0, 122) + head.ljust(108, b"\0")
-        content = start + image[::-1, :, [2, 1, 0, 3]].tobytes()
-    else:
-        content = saved(image, kind, **({"sizes": [(32, 32)]} if kind == "ICO" else {}))
-    assert np.array_equal(loaded(tmp_path, content), COLOURS)
-    image[:16, :, 3] = 255
-    if kind == "TGA":  # where some are not zero, they count
-        assert loaded(tmp_path, saved(image, kind))[16:].min() == 255
-
-
-# --- the range of values -----------------------------------------------------------------------
+    assert np.array_equal(loaded(tmp_path, saved(image, kind, **options)), COLOURS)
 
 
 def with_odd(values, *odd):
     values = np.array(values, np.float32)
-    for place, value in enumerate(odd):
-        values[5, 10 + place] = value
+    values[5, 10 : 10 + len(odd)] = odd
     return values
 
 
-UNIT = RAMP / 248
-STRETCHED = np.rint(UNIT * 255)
-SBIT = chunk(b"sBIT", b"\x0c")
-
-
 @pytest.mark.parametrize(
-    ("content", "expected", "assumed"),
+    ("values", "expected"),
     [
-        (tiff(with_odd(UNIT), 3), STRETCHED, "took 0 and 1 "),
-        (tiff((UNIT / 2).astype("f4"), 3), UNIT / 2 * 255, "took 0 and 1 "),
-        (tiff(RAMP.astype("f4"), 3), RAMP, "took 0 and 255 "),
-        (tiff((UNIT * 2 - 1).astype("f4"), 3), STRETCHED, "took -1 and 1 "),
-        (tiff((UNIT - 7).astype("f4"), 3), STRETCHED, "took -7 and -6 "),
-        (tiff((UNIT * 1e-4).astype("f4"), 3), STRETCHED, "took 0 and 0.0001 "),
-        (tiff((RAMP * 2).astype("f4"), 3, t341=(11, 510)), RAMP, None),
-        (tiff(RAMP.astype("i4"), 2), RAMP, "took 0 and 255 "),
-        (tiff(RAMP.astype("u4")), RAMP, "took 0 and 255 "),
-        (tiff((RAMP * 0x1010101).astype("u4")), RAMP, None),
-        (tiff((RAMP * 257).astype("i4"), 2), RAMP, "took 0 and 65535 "),
-        (tiff((RAMP * 128).astype("i2"), 2), RAMP * 128 / 32767 * 255, None),
-        (tiff((RAMP * 257).astype("u2")), RAMP, None),
-        (tiff((RAMP * 257).astype("u2"), order=">"), RAMP, None),
-        (tiff((RAMP * 16).astype("u2")), RAMP * 16 / 4095 * 255, "took 0 and 4095 "),
-        (tiff(RAMP.astype("u2")), RAMP, "took 0 and 255 "),
-        (tiff((RAMP * 8).astype("u2"), t281=(3, 4095)), RAMP * 8 / 4095 * 255, None),
-        (tiff((RAMP * 257).astype("u2"), t262=(3, 0)), 255 - RAMP, None),
-        (png(RAMP * 257, 16, 0), RAMP, None),
-        (png(RAMP * 16 + 1, 16, 0, SBIT), (RAMP * 16 + 1) / 4095 * 255, None),
-        (png(RAMP * 16, 16, 0, SBIT), RAMP * 16 / 65535 * 255, None),  # in the upper bits, dark
-        (png(RAMP * 16, 16, 0), RAMP * 16 / 4095 * 255, "took 0 and 4095 "),
-        (b"P5 32 32 4095\n" + RAMP.astype(">u2").tobytes(), RAMP / 4095 * 255, None),
-        (tiff(np.zeros((32, 32), "u2")), RAMP * 0, None),
-        (tiff(np.full((32, 32), -3, "i4"), 2), RAMP * 0, "took -3 and -3 "),
+        (UNIT.astype("f4"), STRETCHED),
+        ((UNIT * 2 - 7).astype("f4"), STRETCHED),
+        ((RAMP * 257).astype("u2"), STRETCHED),
+        ((RAMP * 16 + 99).astype("u2"), STRETCHED),  # twelve bits, of an X-ray
+        ((RAMP * 16 + 99).astype(">u2"), STRETCHED),
+        ((RAMP - 50).astype("i4"), STRETCHED),
+        (np.full((32, 32), 700, "u2"), RAMP * 0),
     ],
 )
-def test_deep_values_come_to_8_bits_by_the_files_range_or_a_said_one(
-    tmp_path, content, expected, assumed
+def test_deep_greys_are_stretched_from_their_lowest_to_their_highest_value(
+    tmp_path, values, expected
 ):
-    notes = []
-    result = loaded(tmp_path, content, notes)
-    assert abs(result - np.asarray(expected)[..., None]).max() <= 0.51
-    assert [assumed in note for note in notes] == [True] * (assumed is not None)
+    result = loaded(tmp_path, saved(values, "TIFF"))
+    assert np.array_equal(result, np.dstack([expected] * 3))
 
 
-def test_twelve_packed_bits_fill_the_range(tmp_path):
-    values = RAMP.astype(np.uint16)  # a dark picture: nothing is to be guessed here
-    packed = np.packbits(np.unpackbits(values.astype(">u2").view(np.uint8)).reshape(-1, 16)[:, 4:])
-    file = tiff(np.zeros((32, 24), "u2"), t256=(4, 32), t258=(3, 12))[: -32 * 48]
-    notes = []
-    result = loaded(tmp_path, file + packed.tobytes(), notes)
-    assert abs(result[..., 0] - RAMP / 4095 * 255).max() <= 0.51
-    assert not notes
+def test_a_deep_tiff_whose_zero_is_white_is_not_seen_as_its_negative(tmp_path):
+    content = saved((RAMP * 257).astype("u2"), "TIFF")
+    entry = struct.pack("<HHIH", 262, 3, 1, 1)
+    assert entry in content
+    result = loaded(tmp_path, content.replace(entry, struct.pack("<HHIH", 262, 3, 1, 0)))
+    assert np.array_equal(result[..., 0], 255 - STRETCHED)
 
 
 def test_one_value_that_is_no_number_changes_no_other(tmp_path):
-    whole = loaded(tmp_path, tiff(with_odd(UNIT), 3))
-    odd = loaded(tmp_path, tiff(with_odd(UNIT, np.nan, np.inf, -np.inf), 3))
+    whole = loaded(tmp_path, saved(with_odd(UNIT), "TIFF"))
+    odd = loaded(tmp_path, saved(with_odd(UNIT, np.nan, np.inf, -np.inf), "TIFF"))
     assert odd[5, 10:13, 0].tolist() == [0, 255, 0]
     odd[5, 10:13] = whole[5, 10:13]
     assert np.array_equal(odd, whole)
     with pytest.raises(UnusableInput, match="finite"):
-        loaded(tmp_path, tiff(with_odd(UNIT * np.nan), 3))
+        loaded(tmp_path, saved(with_odd(UNIT * np.nan), "TIFF"))
 
 
-@pytest.mark.parametrize(("depth", "top"), [(1, 1), (2, 3), (4, 15), (8, 255), (16, 65535)])
-def test_the_transparent_grey_is_the_one_that_trns_names(tmp_path, depth, top):
-    values = np.tile([0, top, 0, top // 3], (32, 8))
-    content = png(values, depth, 0, chunk(b"tRNS", struct.pack(">H", top // 3)))
-    result = loaded(tmp_path, content + chunk(b"IHDR", bytes(13)))  # the end is the end
-    expected = np.where(values == top // 3, 255, values * 255 // top)
-    assert np.array_equal(result[..., 0], expected)
+# --- orientation -------------------------------------------------------------------------------
 
-
-@pytest.mark.parametrize(("depth", "scale"), [(8, 1), (16, 257)])
-def test_the_transparent_colour_is_the_one_that_trns_names(tmp_path, depth, scale):
-    expected, colour = COLOURS.copy(), COLOURS[3, 4].astype(int) * scale
-    expected[3, 4] = 255
-    clear = chunk(b"tRNS", struct.pack(">HHH", *colour))
-    result = loaded(tmp_path, png(COLOURS.astype(int) * scale, depth, 2, clear))
-    assert np.array_equal(result, expected)
-
-
-# --- what surrounds the pixels -----------------------------------------------------------------
+TURNS = {  # of EXIF's Orientation, what makes a picture upright
+    2: np.fliplr,
+    3: lambda image: np.rot90(image, 2),
+    4: np.flipud,
+    5: lambda image: image.swapaxes(0, 1),
+    6: lambda image: np.rot90(image, -1),
+    7: lambda image: np.rot90(image, 2).swapaxes(0, 1),
+    8: np.rot90,
+}
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
-@pytest.mark.parametrize("value", range(10))
-def test_every_orientation_comes_out_upright(tmp_path, kind, value):
-    data = Image.Exif()
-    data[0x0112] = value
+def test_every_orientation_comes_out_upright(tmp_path, kind):
     options = {"quality": 100, "lossless": True} if kind != "TIFF" else {}
-    result = loaded(tmp_path, saved(COLOURS, kind, exif=data, **options))
     plain = loaded(tmp_path, saved(COLOURS, kind, **options))
-    assert np.array_equal(result, odd_pictures.TURNS.get(value, odd_pictures.TURNS[1])(plain))
+    for value in range(10):
+        data = Image.Exif()
+        data[0x0112] = value
+        result = loaded(tmp_path, saved(COLOURS, kind, exif=data, **options))
+        assert np.array_equal(result, TURNS.get(value, np.array)(plain)), value
 
 
-ODD_EXIF = {
-    "negative altitude": odd_pictures.negative_altitude(6),
-    "negative altitude, big-endian": odd_pictures.negative_altitude(6, ">"),
-    "GPS of a wrong type": exif(6, (0x8825, 2, 1, b"7\0\0\0")),
-    "GPS points nowhere": exif(6, (0x8825, 4, 1, b"\xff\xff\xff\x7f")),
-    "resolution of two values": exif(6, (0x011A, 5, 2, b"\x08\0\0\0")),
-    "unknown type": exif(6, (0x0213, 99, 1, b"abcd")),
-    "comment of wrong type": exif(6, (0x9286, 2, 4, b"abcd"), (0x927C, 7, 9999, b"abcd")),
-    "cut behind the tag": exif(6, (0x8825, 4, 1, b"abcd"))[:-12],
-    "a long number": exif(6, form=4),
-}
+def exif(*entries):
+    """EXIF whose tags are given as (tag, type, count, value), each of four bytes."""
+    body = b"".join(struct.pack("<HHI4s", *entry) for entry in entries)
+    return b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(entries)) + body + bytes(4)
 
 
-@pytest.mark.parametrize("data", ODD_EXIF.values(), ids=ODD_EXIF.keys())
-def test_orientation_is_read_whatever_the_other_tags_are(tmp_path, data):
-    content, plain = jpeg(COLOURS, data)
-    assert np.array_equal(loaded(tmp_path, content), np.rot90(plain, -1))
-    content = png(COLOURS, 8, 2, chunk(b"eXIf", data[6:]))
-    assert np.array_equal(loaded(tmp_path, content), np.rot90(COLOURS, -1))
+UPRIGHT_BY_6 = (0x0112, 3, 1, b"\6\0\0\0")
 
 
 @pytest.mark.parametrize(
-    "data",
+    ("data", "turn"),
     [
-        exif(0),
-        exif(9),
-        exif(6, form=4).replace(
-            struct.pack("<HHI", 0x0112, 4, 1), struct.pack("<HHI", 0x0112, 2, 4)
-        ),
-        exif(6).replace(struct.pack("<HHI", 0x0112, 3, 1), struct.pack("<HHI", 0x0112, 12, 1)),
-        exif(6)[:16],
-        b"Exif\0\0",
-        b"Exif\0\0II*\0" + b"\xff" * 40,
-        b"Exif\0\0nonsense",
+        (exif(UPRIGHT_BY_6, (0x8825, 4, 1, b"\xff\xff\xff\x7f")), TURNS[6]),  # GPS is nowhere
+        (exif(UPRIGHT_BY_6, (0x011A, 5, 2, b"\x08\0\0\0")), TURNS[6]),
+        (exif(UPRIGHT_BY_6, (0x0213, 99, 1, b"abcd")), TURNS[6]),
+        (exif((0x0112, 2, 4, b"abcd")), np.array),
+        (b"Exif\0\0II*\0" + b"\xff" * 40, np.array),
+        (b"Exif\0\0nonsense", np.array),
     ],
-    ids=["0", "9", "text", "double", "cut", "empty", "nowhere", "nonsense"],
 )
-def test_an_orientation_that_is_none_turns_nothing(tmp_path, data):
-    content, plain = jpeg(COLOURS, data)
-    assert np.array_equal(loaded(tmp_path, content), plain)
+def test_odd_exif_costs_no_picture_and_the_orientation_in_it_is_heeded(tmp_path, data, turn):
+    plain = loaded(tmp_path, saved(COLOURS, "JPEG"))
+    assert np.array_equal(loaded(tmp_path, saved(COLOURS, "JPEG", exif=data)), turn(plain))
 
 
-def test_tiff_is_turned_though_its_other_tags_are_odd(tmp_path):
-    file = tiff((RAMP * 257).astype("u2"), t274=(3, 6), t34665=(4, 5), t700=(4, 65))
-    place = file.index(struct.pack("<HHI", 34665, 4, 1))
-    file = file[: place + 2] + struct.pack("<HIi", 9, 1, -5) + file[place + 12 :]  # to before it
-    assert np.array_equal(loaded(tmp_path, file)[..., 0], np.rot90(RAMP, -1))
+# --- colour profiles ---------------------------------------------------------------------------
 
 
-BIG = zlib.compress(bytes(3 << 20), 9)  # Pillow unpacks 1 MiB
-BOMB = zlib.compress(bytes(20 << 20), 9)
-AROUND = {
-    "text": chunk(b"zTXt", b"Comment\0\0" + BIG),
-    "bombs": chunk(b"zTXt", b"Comment\0\0" + BOMB) * 20,
-    "international text": chunk(b"iTXt", b"Comment\0\1\0\0\0" + BIG),
-    "XMP": chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + BIG),
-    "much plain text": chunk(b"tEXt", b"Comment\0" + bytes(40_000)) * 2,
-    "ICC profile": chunk(b"iCCP", b"ICC\0\0" + BIG),
-    "ICC of unknown packing": chunk(b"iCCP", b"ICC\0\7" + BIG),
-    "cut pHYs": chunk(b"pHYs", b"\0\0\x0b"),
-    "cut gAMA": chunk(b"gAMA", b"\0"),
-    "cut acTL": chunk(b"acTL", b"\0"),
-    "cut fcTL": chunk(b"acTL", bytes(3) + b"\2" + bytes(4)) + chunk(b"fcTL", bytes(9)),
-    "cut tRNS": chunk(b"tRNS", b"\0\1\0"),
-    "damaged text": chunk(b"tEXt", b"Comment\0words")[:-1] + b"!",
-    "damaged tRNS": chunk(b"tRNS", bytes(6))[:-1] + b"!",
-}
+def fixed(*values):
+    return b"".join(struct.pack(">i", round(value * 65536)) for value in values)
 
 
-@pytest.mark.parametrize("around", AROUND.values(), ids=AROUND.keys())
-def test_png_shows_its_pixels_whatever_surrounds_them(tmp_path, monkeypatch, around):
-    monkeypatch.setattr(PngImagePlugin, "MAX_TEXT_MEMORY", 1 << 16)  # of Pillow's 64 MB
-    turn = chunk(b"eXIf", exif(3)[6:])
-    result = loaded(tmp_path, png(COLOURS, 8, 2, around, turn))
-    assert np.array_equal(result, COLOURS[::-1, ::-1])
-    if b"tRNS" not in around:
-        assert np.array_equal(loaded(tmp_path, png(COLOURS, 8, 2, after=around)), COLOURS)
+def profile(space, connection, **tags):
+    """A minimal ICC profile (ICC.1:2001-04), of the tags its kind needs."""
+    tags |= {"wtpt": b"XYZ " + bytes(4) + fixed(0.9642, 1, 0.8249)}
+    tags |= {"desc": b"desc" + bytes(4) + struct.pack(">I", 2) + b"a" + bytes(79)}
+    table, content = b"", b""
+    for name, body in tags.items():
+        start = 132 + 12 * len(tags) + len(content)
+        table += struct.pack(">4sII", name.encode(), start, len(body))
+        content += body + bytes(-len(body) % 4)
+    size = 132 + len(table) + len(content)
+    head = struct.pack(">IIIIII", size, 0, 0x02400000, 0, 0, 0)[:12]
+    head += (b"prtr" if space == b"CMYK" else b"mntr") + space + connection
+    head += struct.pack(">6H", 2001, 4, 1, 0, 0, 0) + b"acsp" + bytes(28) + fixed(0.9642, 1, 0.8249)
+    return head.ljust(128, b"\0") + struct.pack(">I", len(tags)) + table + content
 
 
-def test_an_interlaced_or_animated_png_whose_surroundings_are_broken_shows_its_first_picture(
-    tmp_path,
+def gamma(value):
+    return b"curv" + bytes(4) + struct.pack(">IH", 1, round(value * 256))
+
+
+def adobe_rgb():
+    """Adobe RGB (1998): its primaries, adapted to D50, and its gamma."""
+    primaries = {
+        "rXYZ": (0.60974, 0.31111, 0.01947),
+        "gXYZ": (0.20528, 0.62567, 0.06087),
+        "bXYZ": (0.14919, 0.06322, 0.74457),
+    }
+    tags = {name: b"XYZ " + bytes(4) + fixed(*xyz) for name, xyz in primaries.items()}
+    tags |= {name: gamma(2.19921875) for name in ("rTRC", "gTRC", "bTRC")}
+    return profile(b"RGB ", b"XYZ ", **tags)
+
+
+def cmyk_that_inverts():
+    """A profile of inks in which much ink is light: L* is the share of black, no colour."""
+    straight = bytes(range(256))
+    corners = b"".join(bytes([255 * (c & 1), 128, 128]) for c in range(16))  # black is the last
+    head = b"mft1" + bytes(4) + bytes([4, 3, 2, 0]) + fixed(1, 0, 0, 0, 1, 0, 0, 0, 1)
+    return profile(b"CMYK", b"Lab ", A2B0=head + straight * 4 + corners + straight * 3)
+
+
+ADOBE = adobe_rgb()
+GREEN = Image.new("RGB", (40, 40), (60, 160, 60))
+GREY = Image.new("L", (40, 40), 128)
+BLACK_INK = Image.new("CMYK", (40, 40), (0, 0, 0, 255))
+
+
+@pytest.mark.parametrize(
+    ("image", "kind", "embedded", "expected"),
+    [
+        (GREEN, "PNG", ADOBE, (0, 161, 47)),
+        (GREEN, "JPEG", ADOBE, (0, 161, 47)),
+        (GREEN, "TIFF", ADOBE, (0, 161, 47)),
+        (GREEN.convert("RGBA"), "PNG", ADOBE, (0, 161, 47)),
+        (GREEN.quantize(4), "PNG", ADOBE, (0, 161, 47)),
+        (GREY, "PNG", profile(b"GRAY", b"XYZ ", kTRC=gamma(1.8)), (146, 146, 146)),
+        (GREY.convert("LA"), "PNG", profile(b"GRAY", b"XYZ ", kTRC=gamma(1.8)), (146, 146, 146)),
+        (BLACK_INK, "JPEG", cmyk_that_inverts(), (255, 255, 255)),
+        (GREEN, "PNG", ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes(), None),
+        (GREEN, "PNG", None, None),
+        (GREEN, "PNG", b"no profile" * 20, None),
+        (GREEN, "JPEG", ADOBE[:300], None),
+        (GREEN, "PNG", profile(b"GRAY", b"XYZ ", kTRC=gamma(1.8)), None),
+        (BLACK_INK, "JPEG", None, (0, 0, 0)),
+        (BLACK_INK, "JPEG", ADOBE, (0, 0, 0)),
+    ],
+)
+def test_colours_are_those_of_srgb_and_a_broken_profile_is_ignored(
+    tmp_path, image, kind, embedded, expected
 ):
-    second = Image.fromarray(255 - COLOURS)
-    moving = saved(COLOURS, "PNG", save_all=True, append_images=[second])
-    broken = moving.replace(b"fcTL", b"fcTM", 1)
-    assert np.array_equal(loaded(tmp_path, moving), COLOURS)
-    assert np.array_equal(loaded(tmp_path, broken), COLOURS)
+    options = {"quality": 100} if kind == "JPEG" else {}
+    if embedded:
+        options["icc_profile"] = embedded
+    result = loaded(tmp_path, saved(image, kind, **options))[16, 16].astype(int)
+    assert abs(result - (expected or (60, 160, 60))).max() <= 1
+
+
+# --- what is damaged, huge or moves ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["PNG", "GIF", "WEBP", "TIFF"])
+def test_of_an_animation_the_first_picture_counts(tmp_path, kind):
+    first, second = Image.new("RGB", (32, 32), "red"), Image.new("RGB", (32, 32), "blue")
+    options = {"lossless": True} if kind == "WEBP" else {}
+    content = saved(first, kind, save_all=True, append_images=[second], **options)
+    assert loaded(tmp_path, content)[16, 16].tolist() == [255, 0, 0]
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])
 def test_a_cut_picture_is_refused_wherever_it_is_cut(tmp_path, kind):
-    small = COLOURS[:9, :9]
-    whole = png(small, 8, 2, chunk(b"tEXt", b"a\0b")) if kind == "PNG" else saved(small, kind)
+    whole = saved(COLOURS[:9, :9], kind)
     # What comes last are the marks of the end, and PNG's checksums.
-    for length in range(0, len(whole) - 24, 1 if kind == "PNG" else 9):
+    for length in range(0, len(whole) - 24, 9):
         with pytest.raises(UnusableInput, match="picture: cannot be read"):
             loaded(tmp_path, whole[:length])
 
 
-@pytest.mark.parametrize("size", [(20_000, 5_001), (32_000, 32_000)])
-def test_a_picture_of_too_many_pixels_is_refused(tmp_path, size):
-    head = chunk(b"IHDR", struct.pack(">IIBBBBB", *size, 1, 0, 0, 0, 0))
+def test_a_picture_of_too_many_pixels_is_refused(tmp_path):
+    head = b"IHDR" + struct.pack(">IIBBBBB", 20_000, 5_001, 1, 0, 0, 0, 0)
+    chunk = struct.pack(">I", 13) + head + struct.pack(">I", zlib.crc32(head))
     with pytest.raises(UnusableInput, match="more than 100,000,000 pixels; make it smaller"):
-        loaded(tmp_path, odd_pictures.SIGNATURE + head + chunk(b"IDAT", bytes(99)))
-
-
-def test_odd_pictures_are_what_they_show():
-    counts = odd_pictures.compare(300, seed=1)
-    assert counts["different"] == 0
-    assert counts["equal"] > 200
+        loaded(tmp_path, b"\x89PNG\r\n\x1a\n" + chunk + struct.pack(">I4s", 99, b"IDAT"))
 
 
 def test_reading_leaves_pillow_and_warnings_as_they_were(tmp_path):
     def state():
-        limits = PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY
-        return *limits, ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS, warnings.filters[:]
+        return ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS, warnings.filters[:]
 
     before = state()
-    loaded(tmp_path, png(COLOURS, 8, 2, AROUND["XMP"]))
-    classes(tmp_path / "photos")
-    pictures.folder(tmp_path / "photos", 8, val_fraction=0.1, test_fraction=0.1, seed=0)
+    read(classes(tmp_path))
     assert state() == before
 
 
@@ -343,7 +325,7 @@ def test_a_folder_yields_the_pictures_in_it_and_below_sorted(tmp_path):
         "x.png/d.bmp",
     ]
     explicit = [tmp_path / ".hidden.png", tmp_path / "notes.txt"]
-    assert list(pictures.find(explicit)) == explicit
+    assert pictures.find(explicit) == explicit
 
 
 @pytest.mark.parametrize(
@@ -382,7 +364,7 @@ def test_what_cannot_be_read_is_said_in_one_line_and_at_once(tmp_path, name, wor
 def test_telephone_photographs_are_read_where_their_plugin_is_installed(monkeypatch):
     called = []
     plugin = types.SimpleNamespace(register_heif_opener=lambda: called.append(1))
-    monkeypatch.setitem(sys.modules, "pillow_heif", plugin)
+    monkeypatch.setattr(pictures, "pillow_heif", plugin)
     pictures._formats.cache_clear()
     pictures._formats()
     pictures._formats.cache_clear()
@@ -390,8 +372,6 @@ def test_telephone_photographs_are_read_where_their_plugin_is_installed(monkeypa
 
 
 # --- a folder per class ------------------------------------------------------------------------
-
-FRACTIONS = {"val_fraction": 0.1, "test_fraction": 0.2, "seed": 0}
 
 
 def classes(path, counts=(("cat", 10), ("dog", 20), ("owl", 3)), first=0):
@@ -404,84 +384,185 @@ def classes(path, counts=(("cat", 10), ("dog", 20), ("owl", 3)), first=0):
     return path
 
 
+def read(path, side=8, val_fraction=0.1, test_fraction=0.2, seed=0):
+    """The arrays, the pictures by split, what config.json says."""
+    return picture_folder.folder(
+        path, side, val_fraction=val_fraction, test_fraction=test_fraction, seed=seed
+    )
+
+
 def colours(images):
     return [tuple(image[0, 0].tolist()) for image in images]
 
 
+def hashes(split):
+    return {picture.hash for picture in split}
+
+
 def test_a_folder_per_class_is_split_stratified_and_by_seed(tmp_path):
     classes(tmp_path)
-    arrays, said = pictures.folder(tmp_path, 8, **FRACTIONS)
+    arrays, split, said = read(tmp_path)
     assert arrays.classes == ("cat", "dog", "owl")
-    assert arrays.train_images.shape == (26, 8, 8, 3)
     assert np.bincount(arrays.test_labels).tolist() == [2, 4, 1]
-    assert arrays.val_images is arrays.val_labels is None
-    for images, labels in (arrays[1:3], arrays[3:5]):
-        assert [red for red, _, _ in colours(images)] == labels.tolist()
-    both = colours(arrays.train_images) + colours(arrays.test_images)
-    assert len(set(both)) == len(both) == 33
+    assert np.bincount(arrays.val_labels).tolist() == [1, 2, 1]
+    assert np.bincount(arrays.train_labels).tolist() == [7, 14, 1]
+    seen = []
+    for name in ("train", "val", "test"):
+        images, labels = getattr(arrays, f"{name}_images"), getattr(arrays, f"{name}_labels")
+        for colour, label, picture in zip(colours(images), labels, split[name], strict=True):
+            assert picture.path == f"{arrays.classes[label]}/{colour[2]:05}.png"
+            assert picture.class_name == arrays.classes[colour[0]]
+            assert picture.hash == sha256(tmp_path / picture.path)[:16]
+        seen += colours(images)
+    assert len(set(seen)) == len(seen) == 33
     assert said == {
-        **{"source": "pictures", "folder": str(tmp_path), "read": 33, "unreadable": 0},
-        **{"per_class": {"cat": 10, "dog": 20, "owl": 3}, "splits": "made (seed 0, 20 % test)"},
+        "source": "pictures",
+        "folder": str(tmp_path),
+        "read": 33,
+        "unreadable": 0,
+        "other_files": 0,
+        "copies": 0,
+        "in_two_classes": 0,
+        "per_class": {"cat": 10, "dog": 20, "owl": 3},
+        "splits": "made (seed 0, 20 % test)",
     }
-    again, _ = pictures.folder(tmp_path, 8, **FRACTIONS)
-    other, _ = pictures.folder(tmp_path, 8, **FRACTIONS | {"seed": 1})
+    again, _, _ = read(tmp_path)
+    other, _, _ = read(tmp_path, seed=1)
     assert np.array_equal(again.test_images, arrays.test_images)
     assert not np.array_equal(other.test_images, arrays.test_images)
+    assert read(tmp_path, val_fraction=0)[0].val_images is None
 
 
-@pytest.mark.parametrize(("fraction", "sizes"), [(0.01, [1, 1, 1]), (0.99, [8, 18, 1])])
+def test_names_and_folders_within_a_class_decide_nothing(tmp_path):
+    classes(tmp_path)
+    before, _, _ = read(tmp_path)
+    for number, path in enumerate(sorted(tmp_path.glob("*/*.png"))):
+        place = path.parent / str(number % 3)
+        place.mkdir(exist_ok=True)
+        path.rename(place / f"{(number * 7) % 33}.PNG")
+    after, _, _ = read(tmp_path)
+    for one, other in zip(before, after, strict=True):
+        assert np.array_equal(one, other)
+
+
+def test_added_pictures_move_few_others_and_none_from_training_to_test(tmp_path):
+    classes(tmp_path, (("cat", 200), ("dog", 200)))
+    _, before, _ = read(tmp_path)
+    classes(tmp_path / "more", (("cat", 10), ("dog", 10)), first=500)
+    for path in (tmp_path / "more").glob("*/*.png"):
+        path.rename(tmp_path / path.parent.name / path.name)
+    shutil.rmtree(tmp_path / "more")
+    _, after, _ = read(tmp_path)
+    old = hashes(before["train"]) | hashes(before["val"]) | hashes(before["test"])
+    moved = sum(
+        len(hashes(before[split]) - hashes(after[split])) for split in ("train", "val", "test")
+    )
+    assert len(old) == 400
+    assert 0 < moved < 20
+    assert not hashes(before["train"]) & hashes(after["test"])
+
+
+@pytest.mark.parametrize(("fraction", "sizes"), [(0.001, [1, 1, 1]), (0.99, [8, 18, 1])])
 def test_every_class_keeps_a_picture_for_each_split(tmp_path, fraction, sizes):
     classes(tmp_path)
-    arrays, _ = pictures.folder(tmp_path, 8, **FRACTIONS | {"test_fraction": fraction})
+    arrays, _, _ = read(tmp_path, test_fraction=fraction, val_fraction=fraction)
     assert np.bincount(arrays.test_labels).tolist() == sizes
+    assert np.bincount(arrays.val_labels).tolist() == [1, 1, 1]
+    assert np.bincount(arrays.train_labels).min() >= 1
 
 
-def test_given_splits_are_honoured(tmp_path, capsys):
+def test_the_rare_class_of_two_is_validated_too(tmp_path):
+    arrays, _, _ = read(classes(tmp_path, (("a", 100), ("b", 8))), val_fraction=0.04)
+    assert np.bincount(arrays.val_labels).tolist() == [3, 1]
+
+
+def test_the_first_images_of_each_split_come_from_all_classes_in_turn(tmp_path):
+    arrays, _, _ = read(classes(tmp_path))
+    assert arrays.test_labels.tolist() == [0, 1, 2, 0, 1, 1, 1]
+    assert arrays.val_labels.tolist() == [0, 1, 2, 1]
+    assert arrays.train_labels[:9].tolist() == [0, 1, 2, 0, 1, 0, 1, 0, 1]
+
+
+def test_copies_share_a_split_and_count_once_and_a_picture_in_two_classes_does_not_count(
+    tmp_path, capsys
+):
+    classes(tmp_path, (("cat", 10), ("dog", 20)))
+    before, _, _ = read(tmp_path)
+    for path in list(tmp_path.glob("*/*.png")):
+        shutil.copy(path, path.with_name(f"copy of {path.name}"))
+    again, _, said = read(tmp_path)
+    assert (said["read"], said["copies"], said["in_two_classes"]) == (60, 30, 0)
+    assert said["per_class"] == {"cat": 10, "dog": 20}
+    assert np.array_equal(again.test_images, before.test_images)
+    assert np.array_equal(again.train_images, before.train_images)
+    shutil.copy(tmp_path / "dog" / "00003.png", tmp_path / "cat" / "odd.png")
+    arrays, _, said = read(tmp_path)
+    assert (said["read"], said["copies"], said["in_two_classes"]) == (61, 29, 3)
+    assert said["per_class"] == {"cat": 10, "dog": 19}
+    all_colours = colours(np.concatenate([arrays.train_images, *arrays[3:6:2]]))
+    assert (1, 0, 3) not in all_colours
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [
+        f"{tmp_path}: left out: 30 as copies of others, 0 as they lie in two classes",
+        f"{tmp_path}: left out: 29 as copies of others, 3 as they lie in two classes (like "
+        "cat/odd.png)",
+    ]
+
+
+def test_given_splits_are_honoured_and_a_copy_in_test_does_not_train(tmp_path, capsys):
     for number, split in enumerate(("train", "val", "test")):
-        classes(tmp_path / split, (("cat", 2), ("dog", 1)), first=100 * number)
-    (tmp_path / "val" / "dog" / "00100.png").unlink()
+        classes(tmp_path / split, (("cat", 2), ("dog", 2)), first=100 * number)
+    for path in (tmp_path / "val" / "dog").iterdir():
+        path.unlink()
+    shutil.copy(tmp_path / "test" / "cat" / "00200.png", tmp_path / "train" / "cat")
     (tmp_path / "extra.png").touch()
-    arrays, said = pictures.folder(tmp_path, 8, **FRACTIONS)
-    assert colours(arrays.train_images) == [(0, 0, 0), (1, 0, 0), (0, 0, 1)]
-    assert colours(arrays.val_images) == [(0, 0, 100), (0, 0, 101)]
-    assert colours(arrays.test_images) == [(0, 0, 200), (1, 0, 200), (0, 0, 201)]
-    assert said["splits"] == "as given"
+    arrays, _, said = read(tmp_path)
+    assert sorted(colours(arrays.train_images)) == [(0, 0, 0), (0, 0, 1), (1, 0, 0), (1, 0, 1)]
+    assert sorted(colours(arrays.val_images)) == [(0, 0, 100), (0, 0, 101)]
+    assert sorted(colours(arrays.test_images)) == [
+        (0, 0, 200),
+        (0, 0, 201),
+        (1, 0, 200),
+        (1, 0, 201),
+    ]
+    assert (said["splits"], said["copies"]) == ("as given", 1)
     assert capsys.readouterr().err.splitlines() == [
-        f"{tmp_path}: 1 pictures outside the folders of classes are left out",
-        f"{tmp_path}: val/ has 0 pictures of class dog",
+        f"{tmp_path}: left out: 1 outside the folders of classes",
+        f"{tmp_path}: left out: 1 as copies of others, 0 as they lie in two classes",
+        f"{tmp_path}: val/ has no picture of dog",
     ]
 
 
 def test_train_and_test_may_be_names_of_classes(tmp_path):
     classes(tmp_path, (("bus", 4), ("test", 5), ("train", 6)))
     (tmp_path / "train" / "steam").mkdir()
-    arrays, said = pictures.folder(tmp_path, 8, **FRACTIONS)
+    arrays, _, said = read(tmp_path)
     assert arrays.classes == ("bus", "test", "train")
     assert said["per_class"] == {"bus": 4, "test": 5, "train": 6}
 
 
-@pytest.mark.parametrize(
-    "script",
-    [
-        SMALL,
-        ("finetune", "--arch", "resnet18", "--weights", "none", *CPU, "--image-size", "32"),
-    ],
-)
-def test_cifar_written_out_as_pictures_trains_to_the_same_bits(run, sample, script):
-    folder = Path("photos")
-    for split in ("train", "test"):
-        for number, label in enumerate(sample[f"{split}_labels"]):
-            path = folder / split / CLASSES[label] / f"{number:05}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(sample[f"{split}_images"][number]).save(path)
-    arrays, _ = pictures.folder(folder, 32, **FRACTIONS)
-    for name in ("train_images", "train_labels", "test_images", "test_labels"):
-        assert np.array_equal(getattr(arrays, name), sample[name])
-    assert run(*script, "--run-name", "arrays").code == 0
-    done = run(*script, "--run-name", "photos", "--pictures", folder)
-    assert done.code == 0
-    assert "10 steps are few to learn in: try --batch-size 32 --epochs 15\n" in done.out
-    assert outcome(".", "arrays") == outcome(".", "photos")
+def test_a_class_is_the_same_however_its_name_is_composed(tmp_path):
+    composed = unicodedata.normalize("NFC", "Äpfel")
+    apart = unicodedata.normalize("NFD", "Äpfel")
+    classes(tmp_path / "train", ((apart, 3), ("Birnen", 3)))
+    classes(tmp_path / "test", ((composed, 2), ("Birnen", 2)), first=100)
+    arrays, split, _ = read(tmp_path)
+    assert arrays.classes == ("Birnen", composed)
+    assert len(arrays.test_labels) == 4
+    assert {picture.class_name for picture in split["train"]} == {"Birnen", composed}
+
+
+def test_files_without_an_ending_of_a_picture_are_counted_and_named(tmp_path, capsys):
+    classes(tmp_path)
+    for number in range(6):
+        path = tmp_path / "dog" / f"{number:05}.png"
+        path.rename(path.with_name(f"{number}.png?w=800") if number % 2 else path.with_suffix(""))
+    _, _, said = read(tmp_path)
+    assert (said["read"], said["unreadable"], said["other_files"]) == (27, 0, 6)
+    assert capsys.readouterr().err == (
+        f"{tmp_path}: 6 files have no ending of a picture: left out (like dog/00000, dog/00002, "
+        "dog/00004)\n"
+    )
 
 
 def test_unreadable_pictures_are_named_counted_and_left_out(tmp_path, capsys):
@@ -489,14 +570,12 @@ def test_unreadable_pictures_are_named_counted_and_left_out(tmp_path, capsys):
     for number in range(14):
         (tmp_path / "dog" / f"x{number:02}.png").write_text("no picture")
     (tmp_path / "dog" / "._00000.png").write_text("of macOS")
-    Image.fromarray((RAMP * 16).astype(np.uint16)).save(tmp_path / "cat" / "12 bits.png")
-    arrays, said = pictures.folder(tmp_path, 8, **FRACTIONS)
-    assert len(arrays.train_images) + len(arrays.test_images) == said["read"] == 34
-    assert said["unreadable"] == 14
+    arrays, _, said = read(tmp_path)
+    assert len(arrays.train_images) + len(arrays.val_images) + len(arrays.test_images) == 33
+    assert (said["read"], said["unreadable"]) == (33, 14)
     lines = capsys.readouterr().err.splitlines()
-    assert "took 0 and 4095" in lines[0]
-    assert sum("no picture" in line or "left out" in line for line in lines) == 9
-    assert lines[-1] == "and 5 more like these"
+    assert sum(line.endswith("; left out") for line in lines) == 10
+    assert lines[-1] == "and 4 more like these"
 
 
 @pytest.mark.parametrize(
@@ -506,63 +585,67 @@ def test_unreadable_pictures_are_named_counted_and_left_out(tmp_path, capsys):
         ({"cat": 5}, "1 folders of classes"),
         (dict.fromkeys(map(str, range(1001)), 0), "1,001 folders of classes"),
         (
-            {"cat": 5, "dog": 0},
-            "has 0 pictures of class dog that can be read for train, 3 are needed",
+            {"cat": 5, "dog": 0, "owl": 2},
+            r"every class needs 3 .* each of test, val, train: dog lacks 3, owl lacks 1; add",
         ),
-        ({"cat": 5, "dog": 2}, "has 2 pictures of class dog .* add some, or take the folder away"),
+        (
+            {"train/cat": 5, "train/dog": 1, "test/cat": 1},
+            r"needs 2 .* of val, train: dog lacks 1;",
+        ),
         ({"val/cat": 3, "val/dog": 3}, "no train/"),
         (
             {"train/cat": 3, "train/dog": 3, "test/cat": 1, "test/cow": 1},
             "test/cow is not in train/; add it",
         ),
-        (
-            {"train/cat": 3, "train/dog": 3, "test/cat": 0},
-            "has 0 pictures of class cat .* for test",
-        ),
-        ({"train/cat": 3, "train/dog": 3, "test": 9}, "has 0 pictures of class cat .* for test"),
+        ({"train/cat": 3, "train/dog": 3, "test/cat": 0}, "test/ holds no picture of a class"),
+        ({"train/cat": 3, "train/dog": 3, "test": 9}, "test/ holds no picture of a class"),
     ],
 )
 def test_folders_that_cannot_be_used_are_refused_in_one_line(tmp_path, layout, words):
-    for name, count in layout.items():
-        classes(tmp_path, ((name, count),))
+    for number, (name, count) in enumerate(layout.items()):
+        classes(tmp_path, ((name, count),), first=100 * number)
     with pytest.raises(UnusableInput, match=words) as caught:
-        pictures.folder(tmp_path, 8, **FRACTIONS)
+        read(tmp_path)
     assert str(caught.value).isprintable()
     assert str(tmp_path) in str(caught.value)
 
 
-def test_a_class_whose_pictures_cannot_be_read_is_too_small(tmp_path):
+def test_a_class_of_unreadable_pictures_or_copies_is_too_small(tmp_path):
     classes(tmp_path, (("cat", 5), ("dog", 3)))
     (tmp_path / "dog" / "00001.png").write_text("no picture")
-    with pytest.raises(UnusableInput, match="2 pictures of class dog that can be read"):
-        pictures.folder(tmp_path, 8, **FRACTIONS)
+    shutil.copy(tmp_path / "dog" / "00002.png", tmp_path / "dog" / "copy.png")
+    with pytest.raises(UnusableInput, match=r"needs 3 different pictures .* dog lacks 1;"):
+        read(tmp_path)
     with pytest.raises(UnusableInput, match="no such folder"):
-        pictures.folder(tmp_path / "none", 8, **FRACTIONS)
+        read(tmp_path / "none")
 
 
 def test_pictures_that_would_not_fit_are_refused_before_they_are_read(tmp_path, monkeypatch):
     classes(tmp_path)
-    monkeypatch.setattr("runtime.memory.available_memory", lambda: 2 * 33 * 64 * 64 * 3 - 1.0)
+    monkeypatch.setattr(picture_folder, "available_memory", lambda: 2 * 33 * 64 * 64 * 3 - 1.0)
     with pytest.raises(UnusableInput, match=r"33 pictures of 64 px .* smaller --image-size"):
-        pictures.folder(tmp_path, 64, **FRACTIONS)
-    assert pictures.folder(tmp_path, 63, **FRACTIONS)
+        read(tmp_path, side=64)
+    assert read(tmp_path, side=63)
 
 
 def test_too_little_memory_is_not_the_pictures_fault(tmp_path, monkeypatch):
+    def exhausted(*_):
+        raise MemoryError
+
     classes(tmp_path)
-    monkeypatch.setattr(pictures, "_upright", lambda *_: (_ for _ in ()).throw(MemoryError))
+    monkeypatch.setattr(pictures, "_decode", exhausted)
     with pytest.raises(UnusableInput, match="MemoryError"):
-        pictures.folder(tmp_path, 8, **FRACTIONS)
+        read(tmp_path)
 
 
 def test_a_signal_does_not_wait_for_the_pictures_that_are_left(tmp_path, monkeypatch):
     classes(tmp_path, (("cat", 500), ("dog", 500)))
-    read = []
+    opened = []
 
-    def load(path, side, notes):
+    def load(path, side):
         time.sleep(0.01)
-        read.append(path)
-        return np.zeros((side, side, 3), np.uint8)
+        opened.append(path)
+        return np.zeros((side, side, 3), np.uint8), path.name
 
     def bar(squares, **_):
         for number, square in enumerate(squares):
@@ -570,23 +653,238 @@ def test_a_signal_does_not_wait_for_the_pictures_that_are_left(tmp_path, monkeyp
                 raise KeyboardInterrupt
             yield square
 
-    monkeypatch.setattr(pictures, "load", load)
-    monkeypatch.setattr(pictures, "tqdm", bar)
+    monkeypatch.setattr(picture_folder, "load_hashed", load)
+    monkeypatch.setattr(picture_folder, "tqdm", bar)
     with pytest.raises(KeyboardInterrupt):
-        pictures.folder(tmp_path, 8, **FRACTIONS)
-    assert len(read) < 200
+        read(tmp_path)
+    assert len(opened) < 200
 
 
 def test_links_and_odd_names_of_classes_do_no_harm(tmp_path):
     classes(tmp_path / "photos", (("cat", 5), ("new\nline", 5)))
-    classes(tmp_path / "elsewhere", (("dog", 5),))
+    classes(tmp_path / "elsewhere", (("owl", 3), ("dog", 5)))
     (tmp_path / "photos" / "dog").symlink_to(tmp_path / "elsewhere" / "dog")
-    (tmp_path / "photos" / "cat" / "loop").symlink_to(tmp_path / "photos")
+    (tmp_path / "photos" / "cat" / "loop").symlink_to(tmp_path / "photos" / "cat")
     try:
         (tmp_path / "photos" / "cat").rename(tmp_path / "photos" / os.fsdecode(b"caf\xe9"))
     except OSError:
         pytest.skip("this file system wants UTF-8")
-    arrays, said = pictures.folder(tmp_path / "photos", 8, **FRACTIONS)
+    for path in (tmp_path / "photos" / "dog").iterdir():  # else they are new line's, too
+        Image.new("RGB", (8, 8), (9, 9, int(path.stem))).save(path)
+    arrays, split, said = read(tmp_path / "photos")
     assert arrays.classes == ("caf\\udce9", "dog", "new line")
-    assert all(name.isprintable() for name in arrays.classes)
+    assert all(picture.path.isprintable() for picture in split["train"])
     assert said["per_class"]["dog"] == 5
+
+
+def test_the_list_of_pictures_runs_no_formula_in_a_spreadsheet(tmp_path):
+    picture = Picture("=1+1/@a.png", "=1+1", "00ff")
+    picture_list.write(tmp_path / "list.csv", {"train": [picture], "test": []})
+    with open(tmp_path / "list.csv", newline="", encoding="utf-8") as file:
+        assert list(csv.reader(file)) == [
+            ["path", "class", "split", "hash"],
+            ["'=1+1/@a.png", "'=1+1", "train", "00ff"],
+        ]
+
+
+# --- a training and what comes after it ---------------------------------------------------------
+
+TINY = (
+    *("train_custom", "--recipe", "classic", "--image-size", "16", "--pictures", "noise"),
+    *("--batch-size", "16", "--precision", "fp32", "--device", "cpu", "--epochs", "2"),
+)
+
+
+def noise(path, counts, seed=0):
+    """Writes pictures that show nothing: they can be learned by heart alone."""
+    rng = np.random.default_rng(seed)
+    for name, count in counts.items():
+        (path / name).mkdir(parents=True, exist_ok=True)
+        for number in range(count):
+            pixels = rng.integers(0, 256, (16, 16, 3), np.uint8)
+            Image.fromarray(pixels).save(path / name / f"{seed}-{number:03}.png")
+
+
+def rename_all(folder):
+    for number, path in enumerate(sorted(folder.rglob("*.png"))):
+        path.rename(path.with_name(f"r{(number * 37) % 1009:04}.png"))
+
+
+def report(name="custom_cnn"):
+    found = json.loads(Path("results", name, "test.json").read_text(encoding="utf-8"))
+    return {key: found[key] for key in ("n", "top1", "loss", "per_class")}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder `noise` of two classes of 40, and all that a training on it leaves, to be copied."""
+    place = tmp_path_factory.mktemp("trained")
+    before = Path.cwd()
+    os.chdir(place)
+    try:
+        noise(Path("noise"), {"a": 40, "b": 40})
+        assert train_custom.main([*TINY[1:]]) == 0
+    finally:
+        os.chdir(before)
+    return place
+
+
+@pytest.fixture
+def after(trained, workplace):
+    """The working folder after such a training."""
+    shutil.copytree(trained, workplace, dirs_exist_ok=True)
+    return workplace
+
+
+def test_a_run_lists_its_pictures_and_its_checkpoint_knows_them(after):
+    content = checkpoint.load(after / "checkpoints" / "custom_cnn.pt")
+    _, split, said = read(after / "noise", val_fraction=0.04, test_fraction=0.15)
+    assert {name: list(known) for name, known in content["pictures"].items()} == {
+        name: [picture.hash for picture in those] for name, those in split.items()
+    }
+    with open("results/custom_cnn/pictures.csv", newline="", encoding="utf-8") as file:
+        rows = {row["path"]: row for row in csv.DictReader(file)}
+    assert len(rows) == 80
+    for name, those in split.items():
+        for picture in those:
+            assert rows[picture.path]["split"] == name
+            assert rows[picture.path]["hash"] == picture.hash
+    config = Path("results/custom_cnn/config.json").read_text(encoding="utf-8")
+    assert split["train"][0].hash not in config
+    assert said.items() <= (json.loads(config)["data"] | {"folder": str(after / "noise")}).items()
+
+
+def test_the_same_test_pictures_are_evaluated_wherever_they_lie_and_whatever_called(after, run):
+    before = report()
+    assert before["n"] == 12
+    rename_all(after / "noise")
+    assert run("evaluate", "checkpoints/custom_cnn.pt").code == 0
+    assert report() == before
+    noise(after / "noise", {"a": 30, "b": 20}, seed=1)  # more to train on another time
+    for number, path in enumerate(list((after / "noise").glob("?/*"))):
+        place = after / "elsewhere" / "deep" / path.parent.name
+        place.mkdir(parents=True, exist_ok=True)
+        path.rename(place / f"{number} without an ending")
+    done = run("evaluate", "checkpoints/custom_cnn.pt", "--pictures", "elsewhere")
+    assert (done.code, done.err) == (0, "")
+    assert report() == before
+
+
+def test_what_is_missing_or_moved_is_said_and_what_trained_never_counts(after, run, refused):
+    _, split, _ = read(after / "noise", val_fraction=0.04, test_fraction=0.15)
+    test = [after / "noise" / picture.path for picture in split["test"]]
+    train = [after / "noise" / picture.path for picture in split["train"]]
+    for path in test[:2]:
+        path.unlink()
+    wrong = after / "noise" / ("b" if test[2].parent.name == "a" else "a")
+    test[2].rename(wrong / "wrong.png")
+    noise(after / "noise" / "test", {"a": 2}, seed=7)
+    for path in train[:3]:
+        shutil.copy(path, after / "noise" / "test" / "a" / f"t{path.name}")
+    done = run("evaluate", "checkpoints/custom_cnn.pt")
+    assert done.code == 0
+    assert done.err.splitlines() == [
+        "noise: missing: 2 of 12 test pictures",
+        "noise: in another class now: 1 of the test pictures; the class they had at the training "
+        "counts",
+        "noise: in test/, but no test pictures of the training: 5, of which 3 trained the network; "
+        "they do not count",
+    ]
+    assert report()["n"] == 10
+    shutil.rmtree(after / "noise" / "test")
+    for path in (*test[3:], wrong / "wrong.png"):
+        path.unlink()
+    line = refused("evaluate", "checkpoints/custom_cnn.pt")
+    assert "noise: holds none of the 12 test pictures of the training; say with --pictures" in line
+
+
+def test_an_older_checkpoint_is_evaluated_where_its_folder_has_a_test_of_its_own(
+    after, run, refused
+):
+    path = Path("checkpoints/custom_cnn.pt")
+    content = checkpoint.load(path)
+    del content["pictures"]
+    checkpoint.save(path, content)
+    shutil.rmtree("results")
+    line = refused("evaluate", path)
+    assert "does not say which pictures were kept for its test: train it anew" in line
+    content["data"]["splits"] = "as given"
+    checkpoint.save(path, content)
+    assert "has not the test/ and the classes" in refused("evaluate", path)
+    (after / "noise").rename(after / "train")
+    (after / "noise").mkdir()
+    (after / "train").rename(after / "noise" / "train")
+    noise(after / "noise" / "test", {"a": 3, "b": 4}, seed=3)
+    assert run("evaluate", path).code == 0
+    assert report()["n"] == 7
+
+
+def test_no_run_begins_from_weights_that_its_test_pictures_trained(after, run, refused):
+    more = ("--weights", "checkpoints/custom_cnn.pt", "--run-name", "more")
+    line = refused(*TINY, *more, "--seed", "1")
+    assert "test pictures trained it; take the --seed of that training" in line
+    assert run(*TINY, *more).code == 0
+
+
+def test_a_limit_takes_from_every_class_and_the_run_knows_only_what_it_used(run):
+    noise(Path("noise"), {"cat": 40, "dog": 40})
+    assert run(*TINY, "--limit", "16").code == 0
+    content = checkpoint.load(Path("checkpoints/custom_cnn.pt"))
+    for split, count in (("train", 8), ("test", 6)):
+        names = list(content["pictures"][split].values())
+        assert (names.count("cat"), names.count("dog")) == (count, count)
+    before = report()
+    rename_all(Path("noise"))
+    assert run("evaluate", "checkpoints/custom_cnn.pt").code == 0
+    assert report() == before
+
+
+def test_a_training_does_not_depend_on_the_names_of_its_pictures(run):
+    noise(Path("noise"), {"cat": 20, "dog": 20})
+    assert run(*TINY, "--run-name", "one").code == 0
+    rename_all(Path("noise"))
+    assert run(*TINY, "--run-name", "two").code == 0
+    assert outcome(".", "one") == outcome(".", "two")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("class", "class c is new, pictures added: 20"),
+        ("rename", "class b is gone, class c is new, pictures in another class or split: 40"),
+        ("remove", "pictures removed or changed: 1"),
+        ("add", "pictures added: 3"),
+        ("nothing", ""),
+    ],
+)
+def test_resume_refuses_pictures_that_changed(after, run, refused, signal_at, change, words):
+    folder = after / "noise"
+    signal_at(3, 2)
+    assert run(*TINY, "--run-name", "cut").code == 130
+    rename_all(folder)  # which is none
+    if change == "class":
+        noise(folder, {"c": 20}, seed=5)
+    elif change == "rename":
+        (folder / "b").rename(folder / "c")
+    elif change == "remove":
+        next(iter(sorted((folder / "a").iterdir()))).unlink()
+    elif change == "add":
+        noise(folder, {"a": 3}, seed=5)
+    if change == "nothing":
+        assert run(*TINY, "--run-name", "cut", "--resume").code == 0
+        assert outcome(".", "cut") == outcome(".", "custom_cnn")
+        return
+    line = refused(*TINY, "--run-name", "cut", "--resume")
+    assert "noise: changed since this run began" in line
+    assert words in line
+    assert "restore them, or start another run with --run-name NAME" in line
+
+
+def test_changes_name_classes_and_count_pictures():
+    before = {"train": {"1": "a", "2": "b"}, "test": {"3": "a", "4": "b"}}
+    now = {"train": {"1": "a", "2": "c", "5": "c"}, "test": {"3": "a"}}
+    assert changes(before, now) == (
+        "class b is gone, class c is new, pictures removed or changed: 1, pictures added: 1, "
+        "pictures in another class or split: 1"
+    )
+    assert changes(before, before) == ""

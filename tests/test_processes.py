@@ -230,11 +230,11 @@ def did(folder, record, rank):
 
 
 def worker_all():
-    """Computes, trains, judges, is given what it cannot use, is stopped in another training."""
+    """Computes, trains, evaluates, is given what it cannot use, is stopped in another training."""
     compute()
     assert call("train", train_custom.main, *TRAIN) == 0
-    judge = "checkpoints/custom_cnn.pt", "--results-dir", "judged"
-    assert call("evaluate", evaluate.main, *judge) == 0
+    given = "checkpoints/custom_cnn.pt", "--results-dir", "evaluated"
+    assert call("evaluate", evaluate.main, *given) == 0
     with patch.object(time, "sleep", lambda seconds: None):  # torchrun is to end none of them
         assert call("refuse", train_custom.main, *TRAIN, "--batch-size", "5000") == 2
     os.makedirs("interrupted", exist_ok=True)
@@ -430,7 +430,7 @@ def test_evaluation_by_two_processes_gives_the_same_report(reference, workplace)
     assert evaluate.main([*given]) == 0
     theirs, ours = (
         json.loads((path / "custom_cnn/test.json").read_text())
-        for path in (folder / "judged", workplace / "results")
+        for path in (folder / "evaluated", workplace / "results")
     )
     for moody in ("seconds", "date"):
         theirs.pop(moody)

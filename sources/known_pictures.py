@@ -1,0 +1,125 @@
+"""Which pictures a run used, known by their bytes: what is still there, and what changed."""
+
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from errors import UnusableInput, printable
+from sources.picture_folder import HASH_DIGITS, Picture, class_name, read_all, say
+from sources.pictures import has_picture_ending, search
+from storage.files import sha256
+
+Known = dict[str, dict[str, str]]  # of "train", "val", "test" the hashes, each with its class
+
+
+def known(pictures: Mapping[str, list[Picture]]) -> Known:
+    """What a checkpoint keeps of the pictures of its training, in their order."""
+    return {
+        split: {picture.hash: picture.class_name for picture in those}
+        for split, those in pictures.items()
+    }
+
+
+def changes(before: Known, now: Known) -> str:
+    """Says what differs between the pictures of a run as it began and now; empty where nothing."""
+    old = _by_hash(before)
+    new = _by_hash(now)
+    old_classes = {name for _, name in old.values()}
+    new_classes = {name for _, name in new.values()}
+    said = [f"class {name} is gone" for name in sorted(old_classes - new_classes)[:3]]
+    said += [f"class {name} is new" for name in sorted(new_classes - old_classes)[:3]]
+    stayed = old.keys() & new.keys()
+    for number, what in (
+        (len(old) - len(stayed), "removed or changed"),
+        (len(new) - len(stayed), "added"),
+        (sum(old[digest] != new[digest] for digest in stayed), "in another class or split"),
+    ):
+        if number:
+            said.append(f"pictures {what}: {number:,}")
+    return ", ".join(said)
+
+
+def find_test(folder: Path, pictures: Known, side: int) -> tuple[np.ndarray, list[str]]:
+    """Finds the test pictures of a training by their bytes, wherever they lie, however called.
+
+    They come in the order of the training, each with the class it had then. What is missing, what
+    lies in the folder of another class now, and what in `test/` is none of them, is said on stderr.
+
+    Args:
+        folder: is searched with all folders in it.
+        pictures: of the training.
+        side: of the squares, pixels.
+
+    Returns:
+        Squares (N, side, side, 3) uint8 and the N names of their classes.
+
+    Raises:
+        UnusableInput: there is no such folder, or it holds none of them.
+    """
+    name = printable(folder)
+    if not folder.is_dir():
+        raise UnusableInput(f"{name}: no such folder; say with --pictures where the pictures are")
+    found, others = search(folder)
+    files = found + others
+    with ThreadPoolExecutor() as pool:
+        digests = list(pool.map(_hash, files))
+    places = dict(zip(digests, files, strict=True))
+    test = pictures["test"]
+    present = [digest for digest in test if digest in places]
+    images, read = read_all(name, [places[digest] for digest in present], side)
+    readable = [row for row, digest in enumerate(read) if digest != ""]
+    images = images[readable]
+    present = [present[row] for row in readable]
+    if not present:
+        raise UnusableInput(
+            f"{name}: holds none of the {len(test):,} test pictures of the training; say with "
+            "--pictures where they are"
+        )
+    lines = []
+    if len(present) < len(test):
+        lines.append(f"missing: {len(test) - len(present):,} of {len(test):,} test pictures")
+    moved = _num_moved({places[digest].relative_to(folder): test[digest] for digest in present})
+    if moved:
+        lines.append(
+            f"in another class now: {moved:,} of the test pictures; the class they had at the "
+            "training counts"
+        )
+    more = {
+        digest
+        for digest, file in zip(digests, files, strict=True)
+        if folder / "test" in file.parents and has_picture_ending(file) and digest not in test
+    }
+    if more:
+        lines.append(
+            f"in test/, but no test pictures of the training: {len(more):,}, of which "
+            f"{len(more & pictures['train'].keys()):,} trained the network; they do not count"
+        )
+    say([f"{name}: {line}" for line in lines])
+    return images, [test[digest] for digest in present]
+
+
+def _by_hash(pictures: Known) -> dict[str, tuple[str, str]]:
+    """Split and class of each picture."""
+    return {
+        digest: (split, name) for split, those in pictures.items() for digest, name in those.items()
+    }
+
+
+def _hash(file: Path) -> str:
+    try:
+        return sha256(file)[:HASH_DIGITS]
+    except OSError:  # a link to nothing, or not ours to read
+        return ""
+
+
+def _num_moved(classes: dict[Path, str]) -> int:
+    """How many files lie in the folder of a class, but not of the one they had."""
+    names = set(classes.values())
+    moved = 0
+    for file, had in classes.items():
+        inside = {class_name(part) for part in file.parent.parts}
+        if inside & names and had not in inside:
+            moved += 1
+    return moved
