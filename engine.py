@@ -130,7 +130,6 @@ def train(
             at.sums.zero_()
         for x, labels in batches.epoch(at.epoch, at.step):
             done = at.epoch * num_steps + at.step
-            before = young_statistics(model, done)
             at.lr = lr * lr_factor(done, epochs * num_steps, warmup, schedule)
             if graphs:
                 measured, bad = graphs(x, labels, at.lr)
@@ -139,11 +138,13 @@ def train(
                 measured, bad = take_step(x, labels, at.lr, images / processes)
             else:
                 measured, bad = take_step(x, labels, at.lr)
-            weigh_anew(before, done)
             at.sums += measured
             at.bad_step = torch.where((at.bad_step < 0) & bad, done, at.bad_step)
             at.step += 1
             yield at
+        # Twelve steps of momentum 0.1 leave 28 % of other pictures' statistics, or of 0 and 1.
+        if remembers_beginning(model, (at.epoch + 1) * num_steps):
+            measure_statistics(model, batches.epoch(at.epoch), precision)
         at.epoch += 1
         at.step = 0
         yield at
@@ -223,42 +224,54 @@ def train_mode(model: nn.Module) -> None:
             module.train(trains)
 
 
-def share_of_batch(momentum: float, step: int) -> float:
-    """Weight of a step's batch in BatchNorm's running statistics.
-
-    By the momentum alone twelve steps of 0.1 leave 28 % of what they held before: of 0 and 1, or of
-    other pictures. So they begin as an average of the batches seen, in which later ones count more,
-    for the network changes from step to step (Shamir and Zhang 2013, arXiv:1212.1824, with eta 3);
-    the momentum takes over where it is the larger share, at 0.1 in step 36.
-
-    Args:
-        momentum: the layer's.
-        step: from 0, of the whole training.
-    """
-    return max(momentum, 4 / (step + 4))
-
-
-def young_statistics(model: nn.Module, step: int) -> list[tuple[nn.Module, Tensor, Tensor]]:
-    """BatchNorm layers that a step is to move by more than their momentum; mean and variance."""
+def averaging(model: nn.Module) -> list[nn.Module]:
+    """The BatchNorm layers whose running statistics follow the batches."""
     return [
-        (module, module.running_mean.clone(), module.running_var.clone())
+        module
         for module in model.modules()
         if isinstance(module, nn.modules.batchnorm._BatchNorm)
         and module.training
         and module.running_mean is not None
         and module.momentum is not None
-        and share_of_batch(module.momentum, step) > module.momentum
     ]
 
 
+def remembers_beginning(model: nn.Module, num_steps: int) -> bool:
+    """Whether BatchNorm's statistics still hold a thousandth of what they held before the steps."""
+    return any((1 - norm.momentum) ** num_steps > 1e-3 for norm in averaging(model))
+
+
 @torch.no_grad()
-def weigh_anew(before: list[tuple[nn.Module, Tensor, Tensor]], step: int) -> None:
-    """Gives a step that was taken its `share_of_batch`; `before` is from `young_statistics`."""
-    for module, mean, variance in before:
-        factor = share_of_batch(module.momentum, step) / module.momentum
-        module.running_mean.copy_(mean + factor * (module.running_mean - mean))
-        variance += factor * (module.running_var - variance)
-        module.running_var.copy_(variance.clamp(min=0))  # rounding
+def measure_statistics(
+    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], precision: str
+) -> None:
+    """Sets running statistics to the means over batches, as the network now is.
+
+    Args:
+        model: in training mode.
+        batches: inputs (B, ...) and labels, of an epoch.
+        precision: "fp32" or "bf16".
+    """
+    norms = averaging(model)
+    momenta = [norm.momentum for norm in norms]
+    means = [torch.zeros_like(norm.running_mean) for norm in norms]
+    variances = [torch.zeros_like(norm.running_var) for norm in norms]
+    count = 0
+    try:
+        for norm in norms:
+            norm.momentum = 1.0  # what runs is then the newest batch alone
+        for x, _ in batches:
+            forward(model, x, precision)
+            count += 1
+            for norm, mean, variance in zip(norms, means, variances, strict=True):
+                mean += norm.running_mean
+                variance += norm.running_var
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+    for norm, mean, variance in zip(norms, means, variances, strict=True):
+        norm.running_mean.copy_(mean / count)
+        norm.running_var.copy_(variance / count)
 
 
 class StepGraphs:

@@ -98,7 +98,7 @@ def signal_at(monkeypatch):
     """A function that makes this process send itself a signal at a step from now on.
 
     Steps count from 1, over all trainings; a run that is not resumed makes one more, to choose its
-    precision.
+    precision. Batches that BatchNorm's statistics alone are measured on are no steps.
     """
     epoch = data.TrainBatches.epoch
 
@@ -107,7 +107,7 @@ def signal_at(monkeypatch):
 
         def counted(self, *arguments):
             for batch in epoch(self, *arguments):
-                if next(steps) == step:
+                if torch.is_grad_enabled() and next(steps) == step:
                     os.kill(os.getpid(), number)
                 yield batch
 
