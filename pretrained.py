@@ -4,10 +4,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torchvision
+import torch
 from torch import Tensor, nn
 
 from data import ChannelStats
+from errors import UnusableInput
+
+try:
+    import torchvision
+except RuntimeError as error:  # compiled for another torch
+    raise UnusableInput(
+        f"the torchvision here does not fit torch {torch.__version__} ({error}): install the pair "
+        "that belongs together with `pip install --upgrade torch torchvision`"
+    ) from None
 
 WEIGHTS = "IMAGENET1K_V1"  # of torchvision, for every row of `ARCHS`
 # What every torchvision network of 2015 to 2021 was trained with
@@ -107,6 +116,7 @@ class PretrainedNetwork(nn.Module):
         if not 16 <= image_size <= 512:
             raise ValueError(f"image size {image_size}: must be 16 to 512 pixels")
         self.row = ARCHS[arch]
+        self.arch = arch
         self.network = torchvision.models.get_model(arch, weights=None)
         for name, make in self.row.replaced.items():
             self.network.set_submodule(name, make())
@@ -117,6 +127,11 @@ class PretrainedNetwork(nn.Module):
         classifier = nn.Linear(self.row.features, num_classes)
         self.network.set_submodule(self.row.head, nn.Sequential(nn.Dropout(dropout), classifier))
         self.classifier_name = f"network.{self.row.head}.1"  # 0 is the dropout
+
+    @property
+    def weights_url(self) -> str:
+        """Address of torchvision's ImageNet weights."""
+        return official_url(self.arch)
 
     @property
     def classifier(self) -> nn.Linear:
@@ -161,6 +176,11 @@ class PretrainedNetwork(nn.Module):
         for kind, keys in (("lack", missing), ("hold the unknown", unknown)):
             if keys:
                 raise ValueError(f"the weights {kind} {keys[0]!r} ({len(keys)} such tensors)")
+
+
+def official_url(arch: str) -> str:
+    """Address of torchvision's ImageNet weights of a network."""
+    return torchvision.models.get_model_weights(arch)[WEIGHTS].url
 
 
 def freeze(model: PretrainedNetwork, unfreeze: str) -> tuple[nn.Sequential | None, nn.Sequential]:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import Any, TextIO, get_args
 
 from config.settings import GROUPS, flag
@@ -30,7 +30,8 @@ def before_torch(parse: Callable[[None], Any]) -> None:
     """Answers what needs no torch while the script has not imported it, which takes seconds.
 
     `--help` and a command line that cannot be used end the script here. From here on Ctrl-C ends
-    it in one line: raised while torch is being imported, an exception may get lost.
+    it in one line (raised while torch is being imported, an exception may get lost), and so does
+    an installation that cannot be used.
 
     Args:
         parse: of the script; reads `sys.argv`.
@@ -40,10 +41,16 @@ def before_torch(parse: Callable[[None], Any]) -> None:
         print(Stopped(number), file=sys.stderr, flush=True)
         os._exit(128 + number)
 
+    def say(kind: type[BaseException], error: BaseException, where: TracebackType | None) -> None:
+        if isinstance(error, UnusableInput):
+            os._exit(_fail(error, 2))
+        sys.__excepthook__(kind, error, where)
+
     code = exit_code(lambda: parse(None))
-    if code:
+    if code > 0:
         sys.exit(code)
     signals.install(stop)
+    sys.excepthook = say
 
 
 def exit_code(script: Callable[[], Any]) -> int:

