@@ -9,7 +9,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -274,6 +274,15 @@ def measure_statistics(
         norm.running_var.copy_(variance / count)
 
 
+class RecordedStep(NamedTuple):
+    """A step as a graph, and the tensors it reads and writes."""
+
+    graph: torch.cuda.CUDAGraph
+    x: Tensor
+    labels: Tensor
+    result: Any
+
+
 class StepGraphs:
     """A training step that a GPU replays as a CUDA graph, one for each shape of the batch.
 
@@ -291,7 +300,7 @@ class StepGraphs:
         self.lr = torch.zeros((), device=device)
         self.stream = torch.cuda.Stream()  # what is recorded must not be the main stream
         self.pool = torch.cuda.graph_pool_handle()  # the graphs run in turn, in the same memory
-        self.recorded: dict[torch.Size, tuple[torch.cuda.CUDAGraph, Tensor, Tensor, Any]] = {}
+        self.recorded: dict[torch.Size, RecordedStep] = {}
         self.seen: set[torch.Size] = set()
         self.works = True
 
@@ -313,12 +322,12 @@ class StepGraphs:
                 tqdm.write(f"no CUDA graph of the training step ({reason}); training without")
                 self.works = False
                 return self._as_written(x, labels)
-            self.recorded[x.shape] = graph, own_x, own_labels, result
-        graph, own_x, own_labels, result = self.recorded[x.shape]
-        own_x.copy_(x)
-        own_labels.copy_(labels)
-        graph.replay()
-        return result
+            self.recorded[x.shape] = RecordedStep(graph, own_x, own_labels, result)
+        recorded = self.recorded[x.shape]
+        recorded.x.copy_(x)
+        recorded.labels.copy_(labels)
+        recorded.graph.replay()
+        return recorded.result
 
     def _as_written(self, x: Tensor, labels: Tensor) -> Any:
         main = torch.cuda.current_stream()
@@ -333,19 +342,20 @@ class StepGraphs:
 def views(x: Tensor, tta: str) -> Iterator[Tensor]:
     """The variants of a batch (B, 3, S, S) whose logits test-time augmentation averages.
 
-    none: the batch itself; flip: with its mirror image; crops: both, and both moved a pixel (of 32)
-    up-left and down-right (the six views of airbench, Jordan 2024, arXiv:2404.00498).
+    none: the batch itself; flip: with its mirror image; shifts: with both moves by a pixel (of 32),
+    up-left and down-right; crops: these three and their mirror images (the six views of airbench,
+    Jordan 2024, arXiv:2404.00498). Mirrored views are for networks that were trained with them.
     """
-    moves = [x]
-    if tta == "crops":
+    moved = [x]
+    if tta in ("shifts", "crops"):
         side = x.shape[3]
         by = max(1, side // 32)
         padded = F.pad(x, (by, by, by, by), mode="reflect")
-        moves += [padded[..., at : at + side, at : at + side] for at in (0, 2 * by)]
-    for moved in moves:
-        yield moved
-        if tta != "none":
-            yield moved.flip(3)
+        moved += [padded[..., at : at + side, at : at + side] for at in (0, 2 * by)]
+    for view in moved:
+        yield view
+        if tta in ("flip", "crops"):
+            yield view.flip(3)
 
 
 @torch.inference_mode()

@@ -3,6 +3,7 @@
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from config import commandline
 from errors import UnusableInput, printable
@@ -137,8 +138,12 @@ def _classify(path: Path, args: argparse.Namespace, device: torch.device) -> Non
     model, saved = checkpoint.load_checkpoint(path, device)
     if len(args.checkpoints) > 1:
         print(f"{printable(path)}:")
-    views = args.tta or evaluation.usual_views(saved["config"])
+    views = args.tta or _usual_views(saved)
     predictions.classify(model, saved, args.predict, views, args.figure)
+
+
+def _usual_views(saved: dict[str, Any]) -> str:
+    return evaluation.usual_views(saved["config"].get("flip", "random"))
 
 
 def _evaluate(path: Path, args: argparse.Namespace, device: torch.device) -> None:
@@ -146,7 +151,7 @@ def _evaluate(path: Path, args: argparse.Namespace, device: torch.device) -> Non
         model, saved = checkpoint.load_checkpoint(path, device)
     views = args.tta or "none"
     if args.predictions and not args.tta:
-        views = evaluation.usual_views(saved["config"])
+        views = _usual_views(saved)
     evaluation.evaluate_checkpoint(
         path,
         model,

@@ -38,6 +38,7 @@ import models
 import optimizers
 from data import Splits
 from pretrained import IMAGENET_STATS, PretrainedNetwork, freeze
+from reports import evaluation
 from runs import features, loading, run
 from runs.finish import finish
 from runs.training import Training
@@ -149,7 +150,7 @@ def train(settings: FineTuneSettings, command: str) -> None:
         training.follow(steps, validation)
 
         # Report
-        finish(training, model, splits, tta="flip")
+        finish(training, model, splits, tta=evaluation.usual_views(settings.flip))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -38,6 +38,7 @@ import engine
 import models
 import optimizers
 from data import Splits, normalize, resize
+from reports import evaluation
 from runs import loading, run
 from runs.finish import finish
 from runs.training import Training
@@ -133,7 +134,8 @@ def train(settings: CustomSettings, command: str) -> None:
         training.follow(steps, loading.validation(splits, side))
 
         # Report
-        finish(training, model, splits, tta="crops")
+        views = evaluation.usual_views(settings.flip, moved=True)
+        finish(training, model, splits, tta=views)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -116,7 +116,7 @@ def custom(given: dict[str, Any]) -> CustomSettings:
     """
     defaults = _named(BY_RECIPE, given.get("recipe", CustomSettings.recipe))
     optimizer = given.get("optimizer", defaults["optimizer"])
-    if optimizer != defaults["optimizer"]:
+    if optimizer != defaults["optimizer"]:  # an unknown one is refused by the settings
         defaults |= BY_OPTIMIZER.get(optimizer, {})
     if given.get("image_size", 32) != 32:  # the small sides are for that one
         defaults["small_first"] = ""
@@ -127,8 +127,8 @@ def help_on_optimizers() -> str:
     """What `--help` says of the defaults that come with an optimiser."""
     lines = ["defaults that come with --optimizer where the recipe has another one:"]
     for name, defaults in BY_OPTIMIZER.items():
-        flags = " ".join(f"{flag(key)} {value:g}" for key, value in defaults.items())
-        lines.append(f" {name:5} {flags}")
+        flags = ", ".join(f"{flag(key)[2:]} {value:g}" for key, value in defaults.items())
+        lines.append(f"  {name:5} {flags}")
     return "\n".join(lines)
 
 

@@ -83,6 +83,7 @@ class Settings:
         None, DAILY, "a folder of your own pictures, one folder a class, instead of CIFAR-10"
     )
 
+    # Of fewer, an uneven division could leave a batch of one, which BatchNorm cannot normalise.
     batch_size: int = setting(None, FIT, "images a step learns from", at_least=4)
     lr: float = setting(
         None,

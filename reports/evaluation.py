@@ -34,16 +34,19 @@ ORIGINAL = {
 WORST_SHOWN = 10  # classes named on the screen where there are more
 
 
-def usual_views(config: Row) -> str:
+def usual_views(flip: str, moved: bool = False) -> str:
     """The views to average over for a network, as `engine.views` names them.
 
     A network has seen mirror images only if its training mirrored: for one that tells left from
     right a mirror image is another class.
 
     Args:
-        config: the settings of its training.
+        flip: the setting of its training.
+        moved: whether moved views are wanted too.
     """
-    return "none" if config.get("flip") == "none" else "flip"
+    if flip == "none":
+        return "shifts" if moved else "none"
+    return "crops" if moved else "flip"
 
 
 def predict_split(

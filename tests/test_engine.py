@@ -121,7 +121,9 @@ def test_training_yields_each_step_and_each_end_of_an_epoch_with_sums_of_the_epo
 @pytest.mark.parametrize("kind", ["adamw", "sgd", "muon"])
 def test_training_entered_within_an_epoch_gives_the_same_bits(sample, kind, resizing):
     loader = batches(sample, resizing=resizing)
-    whole, half, rest = beginning(kind), beginning(kind), beginning(kind)
+    whole = beginning(kind)
+    half = beginning(kind)
+    rest = beginning(kind)
     *_, end = engine.train(*whole, loader, **LEARNING)
     for at in engine.train(*half, loader, **LEARNING):
         if (at.epoch, at.step) == (1, 1):

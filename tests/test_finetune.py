@@ -15,7 +15,7 @@ import finetune
 import pretrained
 from pretrained import IMAGENET_STATS
 from reports import provenance
-from runs import features
+from runs import features, loading
 from runtime import memory
 from storage import checkpoint
 
@@ -220,6 +220,19 @@ def test_finetuned_checkpoint_says_where_it_began_and_needs_nothing_to_be_used(r
     later, _ = checkpoint.load_checkpoint(Path("checkpoints/again.pt"))
     for parameter, other in zip(model.parameters(), later.parameters(), strict=True):
         torch.testing.assert_close(parameter, other, atol=1e-4, rtol=1e-4)
+
+
+def test_a_checkpoint_of_other_classes_gives_all_but_its_classifier(run):
+    assert run(*TINY, "--weights", "none", "--unfreeze", "head").code == 0
+    path = "checkpoints/mobilenet_v3_small.pt"
+    trained = checkpoint.load_model(Path(path))[0].state_dict()
+    model = adapted("mobilenet_v3_small", num_classes=2)
+    begun = model.classifier.weight.clone()
+    loading.start_weights(model, path, "mobilenet_v3_small", ("tea", "coffee"))
+    assert torch.equal(model.classifier.weight, begun)
+    state = model.state_dict()
+    differ = {key for key in state if not torch.equal(state[key], trained[key])}
+    assert differ == {f"{model.classifier_name}.weight", f"{model.classifier_name}.bias"}
 
 
 @pytest.fixture

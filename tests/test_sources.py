@@ -622,9 +622,12 @@ def test_a_file_that_agrees_with_the_digits_in_its_name_alone_is_refused(hub, mo
     body = saved(STATE)
     digest = hashlib.sha256(body).hexdigest()
     monkeypatch.setitem(imagenet.SHA256, "tiny", digest[:8] + "0" * 56)
-    with serving(body, f"/{name_of(body)}") as (url, _):
-        with pytest.raises(UnusableInput, match=f"has SHA-256 {digest[:16]}..., not {digest[:8]}0"):
-            imagenet_weights("tiny", url)
+    refusal = f"has SHA-256 {digest[:16]}..., not {digest[:8]}0"
+    with (
+        serving(body, f"/{name_of(body)}") as (url, _),
+        pytest.raises(UnusableInput, match=refusal),
+    ):
+        imagenet_weights("tiny", url)
     assert everything_in(hub) == {}
 
 
