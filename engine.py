@@ -247,6 +247,9 @@ def measure_statistics(
 ) -> None:
     """Sets running statistics to the means over batches, as the network now is.
 
+    Dropout is off, as in evaluation: so nothing draws random numbers, and training goes on as if
+    nothing had been measured.
+
     Args:
         model: in training mode.
         batches: inputs (B, ...) and labels, of an epoch.
@@ -257,8 +260,10 @@ def measure_statistics(
     means = [torch.zeros_like(norm.running_mean) for norm in norms]
     variances = [torch.zeros_like(norm.running_var) for norm in norms]
     count = 0
+    model.eval()
     try:
         for norm in norms:
+            norm.train()
             norm.momentum = 1.0  # what runs is then the newest batch alone
         for x, _ in batches:
             forward(model, x, precision)
@@ -269,6 +274,7 @@ def measure_statistics(
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
+        train_mode(model)
     for norm, mean, variance in zip(norms, means, variances, strict=True):
         norm.running_mean.copy_(mean / count)
         norm.running_var.copy_(variance / count)
