@@ -3,6 +3,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, SMALL
@@ -163,3 +164,33 @@ def test_the_checkpoint_that_comes_with_the_repository_knows_real_images(sample)
     stats = data.ChannelStats(tuple(saved["mean"]), tuple(saved["std"]))
     logits, _ = predict(model, data.inputs(torch.from_numpy(sample["test_images"]), stats, 32))
     assert metrics.top1(logits, torch.from_numpy(sample["test_labels"]).long()) > 0.9
+
+
+@pytest.fixture
+def sides(workplace):
+    """A folder of pictures that are bright on the left, or on the right: mirror images."""
+    rng = np.random.default_rng(0)
+    for number in range(60):
+        pixels = rng.integers(0, 120, (16, 16, 3), np.uint8)
+        pixels[:, :8] += 120
+        for name, picture in (("left", pixels), ("right", pixels[:, ::-1])):
+            path = Path("sides", name, f"{number}.png")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(picture + np.uint8(number % 5)).save(path)
+    return Path("sides")
+
+
+def test_a_network_trained_without_mirror_images_is_never_asked_about_them(run, sides):
+    settings = "--pictures", sides, "--flip", "none", "--epochs", "4", "--batch-size", "16"
+    assert run("train_custom", "--recipe", "classic", *settings).code == 0
+    before = report()
+    assert before["tta"] == "shifts"
+    assert before["top1"] == before["top1_tta"] == 1
+    asked = run("evaluate", "checkpoints/custom_cnn.pt", "--predict", sides / "left")
+    heading, *lines = asked.out.splitlines()
+    assert "each picture as it is" in heading
+    assert len(lines) == 60
+    assert all(line.split()[1] == "left" for line in lines)
+    # Who asks for mirror images gets them: half of each answer is then about the other side.
+    assert run("evaluate", "checkpoints/custom_cnn.pt", "--tta", "flip").code == 0
+    assert report()["top1_tta"] < 0.8

@@ -225,7 +225,7 @@ def test_finetuned_checkpoint_says_where_it_began_and_needs_nothing_to_be_used(r
 def test_a_checkpoint_of_other_classes_gives_all_but_its_classifier(run):
     assert run(*TINY, "--weights", "none", "--unfreeze", "head").code == 0
     path = "checkpoints/mobilenet_v3_small.pt"
-    trained = checkpoint.load_model(Path(path))[0].state_dict()
+    trained = checkpoint.load_checkpoint(Path(path))[0].state_dict()
     model = adapted("mobilenet_v3_small", num_classes=2)
     begun = model.classifier.weight.clone()
     loading.start_weights(model, path, "mobilenet_v3_small", ("tea", "coffee"))
