@@ -9,7 +9,7 @@ train: .venv/.run
 test: .venv/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 .venv/.run: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -17,5 +17,5 @@ test: .venv/.test
 	touch $@
 
 .venv/.test: .venv/.run Makefile
-	$(BIN)/python -m pip install --disable-pip-version-check "pytest>=8" "ruff>=0.9"
+	$(BIN)/python -m pip install --disable-pip-version-check "pytest>=8" "pytest-xdist>=3.6" "ruff>=0.9"
 	touch $@
