@@ -34,7 +34,7 @@ class Progress:
 
     Attributes:
         epoch: epochs behind it.
-        step: steps behind it in the running epoch; 0 at the end of an epoch.
+        step: steps behind it in the running epoch; 0 where an epoch has just ended.
         lr: learning rate of the last step.
         sums: (3,) float32 on the device: loss (nats), correct predictions and images, summed over
             the running epoch, or over the one that has just ended.
@@ -134,6 +134,7 @@ def train(
             if graphs:
                 measured, bad = graphs(x, labels, at.lr)
             elif processes > 1:  # gradients are averaged over the processes
+                # Of the whole batch: an epoch's first batches hold the images left over.
                 images = (batches.num_images + num_steps - 1 - at.step) // num_steps
                 measured, bad = take_step(x, labels, at.lr, images / processes)
             else:
@@ -143,7 +144,7 @@ def train(
             at.step += 1
             yield at
         # Twelve steps of momentum 0.1 leave 28 % of other pictures' statistics, or of 0 and 1.
-        if remembers_beginning(model, (at.epoch + 1) * num_steps):
+        if statistics_are_young(model, (at.epoch + 1) * num_steps):
             measure_statistics(model, batches.epoch(at.epoch), precision)
         at.epoch += 1
         at.step = 0
@@ -224,7 +225,7 @@ def train_mode(model: nn.Module) -> None:
             module.train(trains)
 
 
-def averaging(model: nn.Module) -> list[nn.Module]:
+def tracking_batchnorms(model: nn.Module) -> list[nn.Module]:
     """The BatchNorm layers whose running statistics follow the batches."""
     return [
         module
@@ -236,9 +237,9 @@ def averaging(model: nn.Module) -> list[nn.Module]:
     ]
 
 
-def remembers_beginning(model: nn.Module, num_steps: int) -> bool:
+def statistics_are_young(model: nn.Module, num_steps: int) -> bool:
     """Whether BatchNorm's statistics still hold a thousandth of what they held before the steps."""
-    return any((1 - norm.momentum) ** num_steps > 1e-3 for norm in averaging(model))
+    return any((1 - norm.momentum) ** num_steps > 1e-3 for norm in tracking_batchnorms(model))
 
 
 @torch.no_grad()
@@ -255,7 +256,7 @@ def measure_statistics(
         batches: inputs (B, ...) and labels, of an epoch.
         precision: "fp32" or "bf16".
     """
-    norms = averaging(model)
+    norms = tracking_batchnorms(model)
     momenta = [norm.momentum for norm in norms]
     means = [torch.zeros_like(norm.running_mean) for norm in norms]
     variances = [torch.zeros_like(norm.running_var) for norm in norms]

@@ -78,7 +78,7 @@ def make_optimizer(
     Args:
         groups: from `parameter_groups`.
         kind: "adam", "adamw", "sgd" (Nesterov) or "muon".
-        lr: of a group whose `lr_scale` is 1.
+        lr: to begin with, of a group whose `lr_scale` is 1; `engine.train_step` sets each step's.
         precision: "fp32" or "bf16", of Muon's matrix products.
     """
     if kind == "muon":

@@ -80,9 +80,6 @@ def exit_code(script: Callable[[], Any]) -> int:
         except Stopped as stopped:
             print(stopped, file=sys.stderr, flush=True)
             return 128 + stopped.number
-        except KeyboardInterrupt:
-            print("stopped by Ctrl-C", file=sys.stderr, flush=True)
-            return 130
         except (OSError, MemoryError, FloatingPointError) as error:
             return _fail(error, 1)
         except RuntimeError as error:  # torch has few types of its own for these
@@ -163,7 +160,7 @@ def _lasting_streams() -> Iterator[None]:
                 out.flush()
 
 
-def typed(script: str, argv: list[str] | None) -> list[str]:
+def command_words(script: str, argv: list[str] | None) -> list[str]:
     """The command a person would type for this run, where they stand, as its words."""
     python = Path(sys.executable)
     on_path = shutil.which("python")
@@ -188,7 +185,7 @@ def quoted(words: list[str]) -> str:
 
 def command(script: str, argv: list[str] | None) -> str:
     """What starts this training again, torchrun included; where machines meet is not known."""
-    python, *rest = typed(script, argv)
+    python, *rest = command_words(script, argv)
     if launch.WORLD_SIZE == 1:
         return quoted([python, *rest])
     meeting = ["--standalone"]

@@ -69,7 +69,7 @@ def predict_split(
     """
     if batch_size is None:
         batch_size = 1000 if split.images.is_cuda else 250
-    images = processes.own(split.images)
+    images = processes.own_part(split.images)
     return predict(model, data.inputs(images, stats, side, batch_size), tta=tta)
 
 

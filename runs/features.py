@@ -152,7 +152,7 @@ def cached(
     if splits.val:
         plain = compute_features(
             backbone,
-            processes.own(splits.val.images),
+            processes.own_part(splits.val.images),
             splits.stats,
             batches.side,
             precision,

@@ -79,7 +79,7 @@ def finish(training: Training, model: nn.Module, splits: Splits, tta: str) -> No
     classify = [str(run.checkpoint_path), "--predict", "photo.jpg"]
     print(
         f"weights  {run.checkpoint_path}\nresults  {run.results_dir / 'index.html'}\n"
-        f"next     {commandline.quoted(commandline.typed('evaluate.py', classify))}"
+        f"next     {commandline.quoted(commandline.command_words('evaluate.py', classify))}"
     )
 
 

@@ -221,5 +221,5 @@ def validation(splits: Splits, side: int) -> Validation | None:
     """
     if splits.val is None:
         return None
-    images = processes.own(splits.val.images)
+    images = processes.own_part(splits.val.images)
     return Validation(partial(inputs, images, splits.stats, side), splits.val.labels)

@@ -1,7 +1,6 @@
 """One run: its name, its lock, its files, what it starts or goes on from, how it begins."""
 
 import os
-import signal
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -92,8 +91,8 @@ def _claimed(
     results_dir = settings.results_dir / name
     state_path = _state_path(settings, name)
     with (
-        _own(settings.checkpoint_dir / f"{name}.lock", name),
-        _own(settings.results_dir / f".{name}.lock", name),
+        _hold_lock(settings.checkpoint_dir / f"{name}.lock", name),
+        _hold_lock(settings.results_dir / f".{name}.lock", name),
     ):
         if not settings.resume and _finished(settings, name):
             raise UnusableInput(f"run {name} has finished this moment; repeat the command")
@@ -240,16 +239,17 @@ def _says_how_to_go_on(run: Run) -> Iterator[None]:
         raise OSError(
             f"{error}; the training's state is kept: once this is mended, continue with `{go_on}`"
         ) from error
-    except (KeyboardInterrupt, Stopped) as error:
-        if not _exists(run.state_path):
-            raise
-        number = signal.SIGINT
-        reason = "stopped by Ctrl-C"
-        if isinstance(error, Stopped):
-            number = error.number
-            reason = str(error)
-        go_on = resume_command(run.results_dir, run.command)
-        raise Stopped(number, f"{reason}; continue with\n  {go_on}") from error
+    except Stopped as error:
+        if _exists(run.state_path):
+            go_on = resume_command(run.results_dir, run.command)
+            raise Stopped(error.number, f"{error}; continue with\n  {go_on}") from error
+        if (run.results_dir / "test.json").exists():
+            raise Stopped(
+                error.number,
+                f"{error}; run {run.name} is finished, but some of its pictures may be missing: "
+                f"`python evaluate.py {run.checkpoint_path}` draws them",
+            ) from error
+        raise
 
 
 def resume_command(results_dir: Path, command: str) -> str:
@@ -288,14 +288,14 @@ def _free_name(settings: Settings, wanted: str) -> str:
 
 
 @contextmanager
-def _own(path: Path, name: str) -> Iterator[None]:
+def _hold_lock(path: Path, name: str) -> Iterator[None]:
     with locked(path, wait=False) as obtained:
         if not obtained:
             process = holder(path)
+            which = f" ({process}, perhaps suspended)" if process else ""
             raise UnusableInput(
-                f"run {name} is being trained by another process"
-                + (f" ({process}, perhaps suspended)" if process else "")
-                + ": wait for it, or give --run-name"
+                f"run {name} is being trained by another process{which}: wait for it, or give "
+                "--run-name"
             )
         yield
 

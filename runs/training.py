@@ -27,7 +27,7 @@ from sources.known_pictures import known
 from sources.picture_folder import Picture
 from storage import checkpoint
 
-LOOK_EVERY = 20  # steps; reading a number waits for a GPU, so that there it is done now and then
+LOOK_EVERY = 20  # steps on a GPU: reading a number there waits for all it was given
 
 
 class Stopwatch:
@@ -115,7 +115,7 @@ class Training:
         self.started_at = time.perf_counter()
         self.saved_at = time.perf_counter()
         self.save_seconds = 0.0  # that the last save took
-        self.history_written = True
+        self.history_written = not self.rows  # an interrupted run may have failed to
         self.bar: tqdm | None = None
         self.live = Live(run.results_dir, described, self.rows, epochs * batches.num_steps)
 
@@ -131,7 +131,9 @@ class Training:
             FloatingPointError: loss or gradient is not finite; no state holds anything of it.
             OSError: the history cannot be written, not even at the end; the state is kept.
         """
-        if self.progress.epoch or self.progress.step:
+        if self.progress.epoch == self.epochs:
+            print("resumed after the last epoch", flush=True)
+        elif self.progress.epoch or self.progress.step:
             print(f"resumed in {_place(self.progress)}", flush=True)
         print(history.HEADER, flush=True)
         self.stopwatch.start()

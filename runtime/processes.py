@@ -119,7 +119,7 @@ def agreed() -> Iterator[None]:
             raise found
 
 
-def own(images: Tensor) -> Tensor:
+def own_part(images: Tensor) -> Tensor:
     """This process's part of a split (N, ...); those of all, in order of ranks, make the whole."""
     return images.tensor_split(WORLD_SIZE)[RANK]
 

@@ -129,10 +129,14 @@ import {script}; sys.exit({script}.main(sys.argv[1:]))
 PIPED = {"env": ENVIRONMENT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
 
 
+# Warnings are errors; torch 2.6 leaves a temporary folder of its own to be removed at the end.
+WARNINGS = ("-W", "error", "-W", "ignore:Implicitly cleaning up:ResourceWarning")
+
+
 def command(script: str, *arguments: str, before: str = "") -> list[str]:
     tests = str(ROOT / "tests")
     code = LAUNCH.format(root=str(ROOT), tests=tests, before=before, script=script)
-    return [sys.executable, "-W", "error", "-c", code, *arguments]
+    return [sys.executable, *WARNINGS, "-c", code, *arguments]
 
 
 def run_python(code: str, cwd: Path) -> str:

@@ -169,7 +169,6 @@ def ending(error=None):
     ("error", "code", "words"),
     [
         (UnusableInput("x\n\x1b[2Jy"), 2, "error: x \\x1b[2Jy"),
-        (KeyboardInterrupt(), 130, "stopped by Ctrl-C"),
         (Stopped(signal.SIGTERM), 143, "stopped by SIGTERM"),
         (OSError(28, "No space left"), 1, "error: [Errno 28] No space left"),
         (MemoryError(), 1, "error: MemoryError"),
@@ -256,7 +255,7 @@ def test_printed_commands_name_the_script_from_where_the_user_stands(
     tmp_path, monkeypatch, elsewhere
 ):
     monkeypatch.chdir(tmp_path if elsewhere else ROOT)
-    words = commandline.typed("evaluate.py", ["--pictures", "it's here"])
+    words = commandline.command_words("evaluate.py", ["--pictures", "it's here"])
     script = str(ROOT / "evaluate.py") if elsewhere else "evaluate.py"
     assert words[1:] == [script, "--pictures", "it's here"]
     assert shlex.split(commandline.quoted(words)) == words

@@ -46,7 +46,7 @@ def torchrun(worker, *arguments, cwd, ranks=2, options=("--standalone",)):
     return subprocess.Popen(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)),
-            *(*options, "--no-python", sys.executable, "-W", "error"),
+            *(*options, "--no-python", sys.executable, *WARNINGS),
             *map(str, (__file__, worker, *arguments)),
         ],
         cwd=cwd,
@@ -174,7 +174,7 @@ COUNTS = 1, 2, 5, 77  # of images to evaluate
 
 def all_predictions():
     split, stats = sample_split(max(COUNTS))
-    inputs = {n: data.inputs(processes.own(split.images[:n]), stats, 32, 9) for n in COUNTS}
+    inputs = {n: data.inputs(processes.own_part(split.images[:n]), stats, 32, 9) for n in COUNTS}
     return {n: engine.predict(Corner(), x, tta="flip") for n, x in inputs.items()}
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torchvision
-from conftest import PIPED, ROOT
+from conftest import PIPED, ROOT, WARNINGS
 from PIL import Image
 
 import finetune
@@ -105,7 +105,7 @@ def typed(code: Path, script: str, *arguments: str) -> str:
         "import conftest; conftest.use_sample(Path('data'))\n"
         f"import {script}; sys.exit({script}.main(sys.argv[1:]))"
     )
-    words = [sys.executable, "-W", "error", "-c", start, *arguments]
+    words = [sys.executable, *WARNINGS, "-c", start, *arguments]
     done = subprocess.run(words, **PIPED, timeout=300)
     printed = done.stdout + done.stderr
     assert done.returncode == 0, printed
