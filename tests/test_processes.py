@@ -16,7 +16,17 @@ from unittest.mock import Mock, patch
 import numpy as np
 import pytest
 import torch
-from conftest import ENVIRONMENT, PICTURES, ROOT, SAMPLE, digest, outcome, rows, use_sample
+from conftest import (
+    ENVIRONMENT,
+    PICTURES,
+    ROOT,
+    SAMPLE,
+    WARNINGS,
+    digest,
+    outcome,
+    rows,
+    use_sample,
+)
 from torch import nn
 
 import data
@@ -45,9 +55,18 @@ def torchrun(worker, *arguments, cwd, ranks=2, options=("--standalone",)):
     """Starts processes that run a worker of this file."""
     return subprocess.Popen(
         [
-            *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)),
-            *(*options, "--no-python", sys.executable, *WARNINGS),
-            *map(str, (__file__, worker, *arguments)),
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc-per-node",
+            str(ranks),
+            *options,
+            "--no-python",
+            sys.executable,
+            *WARNINGS,
+            __file__,
+            worker,
+            *[str(argument) for argument in arguments],
         ],
         cwd=cwd,
         env=ENVIRONMENT | {"PYTHONPATH": str(ROOT)},
