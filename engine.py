@@ -5,6 +5,7 @@ runs it may print, save, validate or stop there. Nothing in it waits for the dev
 torch.distributed runs several processes, each trains and predicts its part of every batch.
 """
 
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -16,6 +17,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
+
+MEASURED = 50  # batches that BatchNorm's statistics are measured on, where they are young
 
 
 class Batches(Protocol):
@@ -54,6 +57,12 @@ def world_size() -> int:
     if dist.is_available() and dist.is_initialized():
         return dist.get_world_size()
     return 1
+
+
+def images_in_step(num_images: int, num_steps: int, step: int) -> int:
+    """Images in a step of an epoch, counted from 0: the first steps take those left over."""
+    smallest, left_over = divmod(num_images, num_steps)
+    return smallest + 1 if step < left_over else smallest
 
 
 def lr_factor(step: int, num_steps: int, warmup: float, schedule: str = "cosine") -> float:
@@ -134,8 +143,7 @@ def train(
             if graphs:
                 measured, bad = graphs(x, labels, at.lr)
             elif processes > 1:  # gradients are averaged over the processes
-                # Of the whole batch: an epoch's first batches hold the images left over.
-                images = (batches.num_images + num_steps - 1 - at.step) // num_steps
+                images = images_in_step(batches.num_images, num_steps, at.step)
                 measured, bad = take_step(x, labels, at.lr, images / processes)
             else:
                 measured, bad = take_step(x, labels, at.lr)
@@ -143,9 +151,10 @@ def train(
             at.bad_step = torch.where((at.bad_step < 0) & bad, done, at.bad_step)
             at.step += 1
             yield at
-        # Twelve steps of momentum 0.1 leave 28 % of other pictures' statistics, or of 0 and 1.
+        # After 12 steps at momentum 0.1 they would still hold 28 % of their initial values.
         if statistics_are_young(model, (at.epoch + 1) * num_steps):
-            measure_statistics(model, batches.epoch(at.epoch), precision)
+            some = itertools.islice(batches.epoch(at.epoch), MEASURED)
+            measure_statistics(model, some, precision)
         at.epoch += 1
         at.step = 0
         yield at
@@ -253,7 +262,7 @@ def measure_statistics(
 
     Args:
         model: in training mode.
-        batches: inputs (B, ...) and labels, of an epoch.
+        batches: inputs (B, ...) and labels.
         precision: "fp32" or "bf16".
     """
     norms = tracking_batchnorms(model)

@@ -37,7 +37,7 @@ import engine
 import models
 import optimizers
 from data import Splits
-from pretrained import IMAGENET_STATS, PretrainedNetwork, freeze
+from pretrained import IMAGENET_STATS, PretrainedNetwork, freeze, parts
 from reports import evaluation
 from runs import features, loading, run
 from runs.finish import finish
@@ -95,7 +95,7 @@ def train(settings: FineTuneSettings, command: str) -> None:
         # Network
         model, arguments = make_network(settings, splits)
         weights = loading.start_weights(model, settings.weights, settings.arch, splits.classes)
-        backbone, tail = freeze(model, settings.unfreeze)
+        freeze(model, settings.unfreeze)
         described = run.begin(
             claimed,
             settings,
@@ -113,7 +113,7 @@ def train(settings: FineTuneSettings, command: str) -> None:
         trained = model
         begun_at = now(device)
         if settings.cached:
-            trained = tail
+            backbone, trained = parts(model, settings.unfreeze)
             batches, validation = features.cached(
                 backbone, batches, splits, precision, claimed.checkpoint_path
             )

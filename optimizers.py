@@ -21,8 +21,9 @@ def parameter_groups(
     """Groups the trainable parameters for `make_optimizer`; empty groups are left out.
 
     Decay spares biases and BatchNorm: it would pull scales towards 0 without making the function
-    any simpler. Only Adam, the original project's, decays everything, coupled to the loss; and with
-    Muon biases shrink as fast as the classifier, whatever their rate. Muon steps all kernels and
+    any simpler. There are two exceptions. Adam decays every parameter, as the original project did:
+    the decay is added to the gradient. With Muon the decay of biases is divided by their
+    `bias_lr_scale`, so that they shrink as fast as the classifier. Muon steps all kernels and
     matrices but the classifier's.
 
     Args:

@@ -183,27 +183,28 @@ def official_url(arch: str) -> str:
     return torchvision.models.get_model_weights(arch)[WEIGHTS].url
 
 
-def freeze(model: PretrainedNetwork, unfreeze: str) -> tuple[nn.Sequential | None, nn.Sequential]:
-    """Freezes the backbone's stages that `unfreeze` does not name.
+def freeze(model: PretrainedNetwork, unfreeze: str) -> None:
+    """Freezes what `unfreeze` does not name, see `parts`; changes the model in place."""
+    frozen, _ = parts(model, unfreeze)
+    if frozen is not None:
+        frozen.requires_grad_(False)
+
+
+def parts(model: PretrainedNetwork, unfreeze: str) -> tuple[nn.Sequential | None, nn.Sequential]:
+    """The part of a network that stays frozen and the part that trains; they share its modules.
 
     Args:
-        model: changed in place.
+        model: from whose modules the parts are made, as they are at this moment.
         unfreeze: "head" trains the classifier, "last" the last stage too, "most" all but the first
             two, whose filters are general and whose large maps take most of the time, "all" all.
 
     Returns:
-        The frozen part (None with "all") and the part that trains; both share the modules.
+        The frozen part (None with "all") and the part that trains.
     """
     *stages, head = model.stages().values()
     if unfreeze == "head":
         # The frozen part ends in pooled features: to keep them takes little memory.
-        pooling, last = head[:-1], head[-1]
-        frozen = [*stages, pooling]
-        trained = [last]
-    else:
-        num_frozen = {"last": len(stages) - 1, "most": 2, "all": 0}[unfreeze]
-        frozen = stages[:num_frozen]
-        trained = [*stages[num_frozen:], head]
-    for stage in frozen:
-        stage.requires_grad_(False)
-    return nn.Sequential(*frozen) if frozen else None, nn.Sequential(*trained)
+        return nn.Sequential(*stages, head[:-1]), nn.Sequential(head[-1])
+    num_frozen = {"last": len(stages) - 1, "most": 2, "all": 0}[unfreeze]
+    trained = nn.Sequential(*stages[num_frozen:], head)
+    return nn.Sequential(*stages[:num_frozen]) if num_frozen > 0 else None, trained

@@ -141,13 +141,9 @@ class Job:
     def _images(self) -> Iterator[int]:
         for at in engine.train(self.network, self.optimizer, self.batches, **self.options):
             if at.step > 0:  # at step 0 an epoch has ended
-                yield images_of_step(self.batches, at.step - 1)
-
-
-def images_of_step(batches: TrainBatches, step: int) -> int:
-    """Images of a step of an epoch, counted from 0: the first steps take the rest, one each."""
-    fewest, rest = divmod(batches.num_images, batches.num_steps)
-    return fewest + 1 if step < rest else fewest
+                yield engine.images_in_step(
+                    self.batches.num_images, self.batches.num_steps, at.step - 1
+                )
 
 
 def throughput(images: Iterator[int], num_steps: int, device: torch.device) -> float:
@@ -230,7 +226,8 @@ def training_flop(model: nn.Module, batches: TrainBatches) -> float:
             side = batches.side_at(epoch, step)
             if side not in of_side:
                 of_side[side] = flop(model, side)
-            total += images_of_step(batches, step) * of_side[side]
+            images = engine.images_in_step(batches.num_images, batches.num_steps, step)
+            total += images * of_side[side]
     return float(total)
 
 

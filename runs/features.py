@@ -77,7 +77,7 @@ def _allocate(shape: tuple[int, ...], precision: str, scratch: Path) -> Tensor:
     if not on_disk:
         return torch.empty(shape, dtype=dtype)
     scratch.parent.mkdir(parents=True, exist_ok=True)  # a second machine may lack it
-    # Named as a temporary file of the run: what is left of it is swept away with the others.
+    # Named as a temporary file of the run, which the next one removes after a kill.
     handle, name = tempfile.mkstemp(prefix=f".{scratch.name}.", suffix=".tmp", dir=scratch.parent)
     try:
         try:

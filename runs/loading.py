@@ -193,9 +193,12 @@ def settle_precision(
 
 def train_batches(settings: Settings, splits: Splits, side: int) -> TrainBatches:
     """The batches a training sees, of images that come to have this side, pixels."""
-    names = [entry.name for entry in dataclasses.fields(Augmentation)]  # settings bear them too
+    # The settings have the same names.
+    names = [entry.name for entry in dataclasses.fields(Augmentation)]
     return TrainBatches(
-        *(splits.train, splits.stats, settings.batch_size),
+        splits.train,
+        splits.stats,
+        settings.batch_size,
         augmentation=Augmentation(**{name: getattr(settings, name) for name in names}),
         seed=settings.seed,
         side=side,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 # Up to which side of the maps, pixels, products are the faster way
 LARGEST = 4  # of the convolution itself: from 5 on it gains as much as patches cost
 LARGEST_BACKWARD = 6  # of the gradient of its weights, which convolutions find at half the rate
-FEWEST = 256  # channels: with fewer the copies are long in the making for what they spare
+FEWEST = 256  # channels: with fewer, copying the patches costs more than it saves
 GEOMETRY = {
     "kernel_size": (3, 3),
     "stride": (1, 1),

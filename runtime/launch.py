@@ -12,9 +12,12 @@ def _launched() -> dict[str, int]:
     if not os.environ.get("MASTER_ADDR"):
         return alone
     try:
-        return {name: int(os.environ[name]) for name in _VARIABLES}
+        found = {name: int(os.environ[name]) for name in _VARIABLES}
     except (KeyError, ValueError):
         return alone
+    if 0 <= found["RANK"] < found["WORLD_SIZE"] and found["LOCAL_WORLD_SIZE"] > 0:
+        return found
+    return alone
 
 
 _found = _launched()

@@ -74,7 +74,7 @@ def joined(device: torch.device) -> Iterator[torch.device]:
                 timeout=PATIENCE,
             )
             yield device
-    except UnusableInput:  # which all have agreed on
+    except UnusableInput:  # raised in every process alike, see `agreed`
         dist.destroy_process_group()
         raise
     except Exception as error:
@@ -224,7 +224,10 @@ class _GlobalBatchNorm(_BatchNorm):
 
 
 class _Normalized(torch.autograd.Function):
-    """Moments over all processes, one exchange each way; the passes over x are torch's kernels."""
+    """Normalises by mean and variance over all processes.
+
+    Forward and backward exchange one vector each.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Any:
@@ -255,7 +258,7 @@ class _Normalized(torch.autograd.Function):
             of_affine = torch.stack([of_weight, of_bias])
         sums = of_affine.clone()
         dist.all_reduce(sums)
-        # What the moments take, since they depend on x.
+        # What mean and variance take, since they depend on x.
         scale, shift = sums * weight * (var + ctx.eps).rsqrt() / count
         of_x = of_x - F.batch_norm(x, mean, var, scale, shift, training=False, eps=ctx.eps)
         return of_x, of_affine[0], of_affine[1], None

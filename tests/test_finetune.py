@@ -16,7 +16,7 @@ import pretrained
 from pretrained import IMAGENET_STATS
 from reports import provenance
 from runs import features, loading
-from runtime import memory
+from runtime import amx, memory
 from storage import checkpoint
 
 PARAMETERS = {  # of the backbone, and of the new classifier
@@ -63,7 +63,8 @@ def test_backbone_equals_torchvisions_own_feature_for_feature(arch):
 @pytest.mark.parametrize("unfreeze", ["head", "last", "most", "all"])
 def test_stages_compose_to_the_network_and_only_the_named_part_trains(arch, unfreeze):
     model = adapted(arch)
-    backbone, tail = pretrained.freeze(model, unfreeze)
+    pretrained.freeze(model, unfreeze)
+    backbone, tail = pretrained.parts(model, unfreeze)
     images = torch.randn(2, 3, 32, 32)
     middle = backbone(images) if backbone else images
     torch.testing.assert_close(tail(middle), model(images))
@@ -279,3 +280,20 @@ def test_finetuning_with_dropout_resumes_to_the_same_bits(run, signal_at, more):
     assert (state["epoch"], state["step"]) == (1, 1)
     assert run(*common, "halves", "--resume").code == 0
     assert outcome(".", "halves") == outcome(".", "whole")
+
+
+@pytest.mark.parametrize("unfreeze", ["head", "last", "most"])
+def test_small_maps_are_products_in_the_frozen_part_and_in_the_one_that_trains(
+    monkeypatch, unfreeze
+):
+    monkeypatch.setattr(amx, "cpu_features", lambda: {"amx_bf16": True})
+    model = adapted("vgg19")
+    amx.as_products(model, "bf16", torch.device("cpu"))
+    frozen, trained = pretrained.parts(model, unfreeze)
+    found = [
+        module
+        for part in (frozen, trained)
+        for module in part.modules()
+        if isinstance(module, amx.SmallMapConv2d)
+    ]
+    assert len(found) == 11  # all convolutions with at least 256 channels on both sides

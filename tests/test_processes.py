@@ -138,8 +138,8 @@ def part():
 def custom_cnn(optimizer):
     split, stats = sample_split(320)
     torch.manual_seed(0)
-    surgery = models.NETWORKS["slim"] | {"widths": (8, 8, 16, 16, 16, 16), "hidden": (16, 16)}
-    model = models.create_model("custom_cnn", surgery, 10)
+    arguments = models.NETWORKS["slim"] | {"widths": (8, 8, 16, 16, 16, 16), "hidden": (16, 16)}
+    model = models.create_model("custom_cnn", arguments, 10)
     models.begin_from_images(model, data.normalize(split.images, stats))
     model.double()
     moved = data.Augmentation("alternating", translate=2, cutout=4)
@@ -148,18 +148,19 @@ def custom_cnn(optimizer):
 
 
 def fine_tuned(unfreeze, cached, num_images, batch_size):
-    from pretrained import freeze  # torchvision takes seconds, and not every worker needs it
+    from pretrained import freeze, parts  # torchvision takes seconds, and not every worker needs it
 
     split, stats = sample_split(num_images)
     torch.manual_seed(0)
     model = models.create_model("mobilenet_v3_small", {"image_size": 32}, 10).double()
-    trunk, tail = freeze(model, unfreeze)
+    freeze(model, unfreeze)
+    backbone, tail = parts(model, unfreeze)
     flipped = data.Augmentation("alternating")
     batches = data.TrainBatches(split, stats, batch_size, augmentation=flipped, **part())
     if not cached:
         return learn(model, model, batches, "adamw")
     mine = split.images[launch.RANK :: launch.WORLD_SIZE]
-    kept = features.compute_features(trunk, mine, stats, 32, "fp32", Path("unused"))
+    kept = features.compute_features(backbone, mine, stats, 32, "fp32", Path("unused"))
     return learn(model, tail, features.FeatureBatches(batches, kept), "adamw")
 
 
