@@ -136,6 +136,9 @@ def train(settings: FineTuneSettings, command: str) -> None:
             pictures=pictures,
             seconds_before=feature_seconds,
         )
+        weights_of_classes = None
+        if settings.balance:
+            weights_of_classes = loading.class_weights(splits.train.labels, len(splits.classes))
         steps = engine.train(
             network,
             optimizer,
@@ -145,6 +148,7 @@ def train(settings: FineTuneSettings, command: str) -> None:
             warmup=settings.warmup,
             precision=precision,
             label_smoothing=settings.label_smoothing,
+            class_weights=weights_of_classes,
             progress=training.progress,
         )
         training.follow(steps, validation)

@@ -119,6 +119,9 @@ def train(settings: CustomSettings, command: str) -> None:
             save_every=settings.save_every,
             pictures=pictures,
         )
+        weights_of_classes = None
+        if settings.balance:
+            weights_of_classes = loading.class_weights(splits.train.labels, len(splits.classes))
         steps = engine.train(
             network,
             optimizer,
@@ -129,6 +132,7 @@ def train(settings: CustomSettings, command: str) -> None:
             schedule=settings.schedule,
             precision=precision,
             label_smoothing=settings.label_smoothing,
+            class_weights=weights_of_classes,
             progress=training.progress,
         )
         training.follow(steps, loading.validation(splits, side))

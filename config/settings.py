@@ -99,6 +99,9 @@ class Settings:
     label_smoothing: float = setting(
         None, FIT, "share of the truth given to the other classes", at_least=0, below=1
     )
+    balance: bool = setting(
+        False, FIT, "weigh the images of rare classes more, so that all classes count alike"
+    )
     flip: str = setting(
         None,
         LOOK,

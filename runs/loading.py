@@ -205,6 +205,21 @@ def train_batches(settings: Settings, splits: Splits, side: int) -> TrainBatches
     )
 
 
+def class_weights(labels: Tensor, num_classes: int) -> Tensor:
+    """Factors of the loss by which every class weighs as much as any other.
+
+    Args:
+        labels: (N,) int64, of the training images.
+        num_classes: C.
+
+    Returns:
+        (C,) float32 on the device of the labels. Their mean over the images is 1.
+    """
+    counts = torch.bincount(labels, minlength=num_classes)
+    num_present = (counts > 0).sum()  # a limit may leave a class out
+    return len(labels) / (num_present * counts.clamp(min=1)).float()
+
+
 class Validation(NamedTuple):
     """What a network is evaluated on after every epoch."""
 
