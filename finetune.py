@@ -86,7 +86,9 @@ def train(settings: FineTuneSettings, command: str) -> None:
         device = claimed.device
 
         # Data
-        splits, source, pictures = loading.load_splits(settings, device, claimed.state)
+        splits, source, pictures = loading.load_splits(
+            settings, device, claimed.checkpoint_path, claimed.state
+        )
         splits = splits._replace(stats=IMAGENET_STATS)
         batches = loading.train_batches(settings, splits, settings.image_size)
         validation = loading.validation(splits, settings.image_size)

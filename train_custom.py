@@ -82,7 +82,9 @@ def train(settings: CustomSettings, command: str) -> None:
     """Trains one network and leaves its checkpoint, numbers and pictures."""
     with run.claim(settings, "custom_cnn", command) as claimed:
         # Data
-        splits, source, pictures = loading.load_splits(settings, claimed.device, claimed.state)
+        splits, source, pictures = loading.load_splits(
+            settings, claimed.device, claimed.checkpoint_path, claimed.state
+        )
         side = settings.image_size or 32
         batches = loading.train_batches(settings, splits, side)
         prepare()

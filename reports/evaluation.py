@@ -150,7 +150,7 @@ def evaluate_checkpoint(
                 f"{run_dir}/ holds the results of another checkpoint than {printable(path)}: give "
                 "--results-dir"
             )
-        splits = test_split(saved, data_dir, pictures, device)
+        splits = test_split(saved, data_dir, pictures, device, scratch=path)
     temperature = saved["metrics"].get("temperature")
     side = saved.get("image_size", 32)
     report, logits, averaged = evaluate(model, splits, side, temperature, tta, batch_size)

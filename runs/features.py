@@ -66,11 +66,13 @@ def compute_features(
 def _allocate(shape: tuple[int, ...], precision: str, scratch: Path) -> Tensor:
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     both = ", plain and mirrored" if shape[1] == 2 else ""
+    what = f"features of {shape[0]:,} images{both}"
+    print(f"{what}: {torch.Size(shape).numel() * dtype.itemsize / 1e6:,.0f} MB", flush=True)
     return allocate(
         shape,
         dtype,
         scratch,
-        f"features of {shape[0]:,} images{both}",
+        what,
         "add --no-cache, or take a smaller --image-size or another --checkpoint-dir",
     )
 

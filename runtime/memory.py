@@ -73,10 +73,9 @@ def allocate(
     count = torch.Size(shape).numel()
     size = count * dtype.itemsize
     on_disk = size > available_memory() * launch.NUM_MACHINES / (2 * launch.WORLD_SIZE)
-    place = f"a file in {scratch.parent}/" if on_disk else "memory"
-    print(f"{what}: {size / 1e6:,.0f} MB in {place}", flush=True)
     if not on_disk:
         return torch.empty(shape, dtype=dtype)
+    print(f"{what}: {size / 1e6:,.0f} MB in a file in {scratch.parent}/, not in memory", flush=True)
     scratch.parent.mkdir(parents=True, exist_ok=True)  # a second machine may lack it
     handle, name = tempfile.mkstemp(prefix=f".{scratch.name}.", suffix=".tmp", dir=scratch.parent)
     try:
