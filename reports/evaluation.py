@@ -295,6 +295,7 @@ def summary(report: Row) -> str:
     lines = [f"top-1 accuracy    {100 * report['top1']:.2f} % of {report['n']:,} test images"]
     if report["top1_tta"] is not None:
         lines.append(f"  with TTA        {100 * report['top1_tta']:.2f} % ({report['tta']})")
+    lines.append(f"macro F1          {_percent(report['macro']['f1'])} %")
     lines.append(f"cross-entropy     {report['loss']:.4f} nats")
     lines.append(f"calibration error {100 * report['ece']:.2f} %")
     if report["ece_calibrated"] is not None:

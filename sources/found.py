@@ -7,6 +7,15 @@ import numpy as np
 from errors import printable
 
 MANY_CLASSES = 10  # of more, the largest and the smallest are named
+# Why files are left out, by the key of config.json.
+_REASONS = {
+    "unreadable": "unreadable",
+    "other_files": "without an ending of a picture",
+    "outside": "outside the folders of classes",
+    "unlisted": "not in the list of labels",
+    "copies": "as copies of others",
+    "in_two_classes": "in two classes",
+}
 MUCH_LOST = 0.25  # a share of a picture; what is cut away of a photograph of 4:3
 Size = tuple[int, int]  # width and height, pixels
 
@@ -30,10 +39,10 @@ def left_out_text(left_out: Mapping[str, Sequence[str]]) -> str:
     """Says how many files were left out and why, with an example each; empty where none was.
 
     Args:
-        left_out: of each reason, the files.
+        left_out: the files of each reason; these are the keys of config.json.
     """
     parts = [
-        f"{len(files):,} {reason} (like {printable(files[0])})"
+        f"{len(files):,} {_REASONS[reason]} (like {printable(files[0])})"
         for reason, files in left_out.items()
         if files
     ]

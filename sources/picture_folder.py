@@ -101,24 +101,24 @@ def folder(
     _check_train(name, classes, list(shares), listed)  # before reading takes minutes
 
     images, digests, sizes = read_all([file.path for file in files], side, fit, scratch)
-    unreadable = [file.path for file, digest in zip(files, digests, strict=True) if not digest]
-    chosen, copies, in_two = _unique(files, digests)
-    rows = {split: [[] for _ in classes] for split in given}  # of the images, by split and class
-    for row in sorted(chosen, key=lambda row: _rank(digests[row], seed)):
-        rows[files[row].split][files[row].label].append(row)
     left_out = {
-        "unreadable": unreadable,
-        "without an ending of a picture": listing.without_ending,
-        "outside the folders of classes": listing.outside,
-        "not in the list of labels": listing.unlisted,
-        "as copies of others": copies,
-        "in two classes": in_two,
+        "unreadable": [file.path for file, hash in zip(files, digests, strict=True) if not hash],
+        "other_files": listing.without_ending,
+        "outside": listing.outside,
+        "unlisted": listing.unlisted,
     }
+    chosen, copies, in_two = _unique(files, digests)
+    left_out["copies"] = copies
+    left_out["in_two_classes"] = in_two
     text = found.left_out_text(
         {reason: [relative(file, path) for file in those] for reason, those in left_out.items()}
     )
     if text:
         tell(text, indent="  ")
+
+    rows = {split: [[] for _ in classes] for split in given}  # of the images, by split and class
+    for row in sorted(chosen, key=lambda row: _rank(digests[row], seed)):
+        rows[files[row].split][files[row].label].append(row)
     usable = Counter(files[row].label for row in chosen if files[row].split == "train")
     _check_train(name, classes, list(shares), usable)
     for split in given:
@@ -127,32 +127,27 @@ def folder(
         rows[split] = _cut(rows["train"], share, leave=len(shares) - number)
 
     order = {split: _in_turn(rows[split]) for split in SPLITS if split in rows}
-    seen = [sizes[row] for row in chosen]
-    tell(found.sizes_text(seen), indent="  ")
-    if fit == "crop" and found.median_loss(seen) > found.MUCH_LOST:
-        tell(found.loss_text(found.median_loss(seen)), indent="  ")
-    tell(
-        found.splits_text({split: len(those) for split, those in order.items()}, shares, seed),
-        indent="  ",
-    )
     pictures = {split: [] for split in order}
     for split, those in order.items():
         for row in those:
             file = files[row]
             digest = digests[row][:HASH_DIGITS]
             pictures[split].append(Picture(relative(file.path, path), classes[file.label], digest))
+    used_sizes = [sizes[row] for row in chosen]
+    tell(found.sizes_text(used_sizes), indent="  ")
+    loss = found.median_loss(used_sizes)
+    if fit == "crop" and loss > found.MUCH_LOST:
+        tell(found.loss_text(loss), indent="  ")
+    in_split = {split: len(those) for split, those in order.items()}
+    tell(found.splits_text(in_split, list(shares), seed), indent="  ")
+
     counts = Counter(files[row].label for row in chosen)
     described = {
         "source": "pictures",
         "folder": name,
-        "read": len(files) - len(unreadable),
-        "unreadable": len(unreadable),
-        "other_files": len(listing.without_ending),
-        "outside": len(listing.outside),
-        "unlisted": len(listing.unlisted),
-        "copies": len(copies),
-        "in_two_classes": len(in_two),
-        "median_size": list(found.median_size(seen)),
+        "read": len(files) - len(left_out["unreadable"]),
+        **{reason: len(those) for reason, those in left_out.items()},
+        "median_size": list(found.median_size(used_sizes)),
         "per_class": {each: counts[label] for label, each in enumerate(classes)},
         "splits": "as given",
     }

@@ -121,7 +121,7 @@ def by_labels(path: Path, list_path: Path) -> Listing:
             )
     notes = []
     if num_repeated:
-        notes.append(f"{list_name}: {num_repeated:,} rows repeat others")
+        notes.append(f"rows of the list that repeat others: {num_repeated:,}")
     classes = tuple(sorted(set(labels.values())))
     if not 2 <= len(classes) <= MAX_CLASSES:
         raise UnusableInput(
