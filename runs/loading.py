@@ -18,7 +18,7 @@ from runtime.device import choose_precision
 from sources import imagenet
 from sources.cifar10 import cifar10
 from sources.known_pictures import Known, changes, known
-from sources.picture_folder import Picture, folder, tell
+from sources.picture_folder import Picture, folder, print_paragraph
 from storage import checkpoint
 from storage.files import sha256
 
@@ -84,7 +84,7 @@ def load_splits(
         )
     unbalanced = _unbalanced_line(splits, settings.balance)
     if unbalanced:
-        tell(unbalanced, indent="  ")
+        print_paragraph(unbalanced, indent="  ")
     num_steps = settings.epochs * math.ceil(size / settings.batch_size)
     if num_steps < FEW_STEPS and not settings.limit and launch.RANK == 0:
         epochs = math.ceil(FEW_STEPS / math.ceil(size / 32))

@@ -89,9 +89,9 @@ def folder(
     given = listing.given
     files = listing.files
     counts = Counter(file.label for file in files)
-    tell(found.classes_text(name, {each: counts[i] for i, each in enumerate(classes)}))
+    print_paragraph(found.classes_text(name, {each: counts[i] for i, each in enumerate(classes)}))
     for note in listing.notes:
-        tell(note, indent="  ")
+        print_paragraph(note, indent="  ")
     shares = {}  # of the splits that are drawn
     if "test" not in given:
         shares["test"] = test_fraction
@@ -114,7 +114,7 @@ def folder(
         {reason: [relative(file, path) for file in those] for reason, those in left_out.items()}
     )
     if text:
-        tell(text, indent="  ")
+        print_paragraph(text, indent="  ")
 
     rows = {split: [[] for _ in classes] for split in given}  # of the images, by split and class
     for row in sorted(chosen, key=lambda row: _rank(digests[row], seed)):
@@ -127,30 +127,34 @@ def folder(
         rows[split] = _cut(rows["train"], share, leave=len(shares) - number)
 
     order = {split: _in_turn(rows[split]) for split in SPLITS if split in rows}
-    pictures = {split: [] for split in order}
+    pictures = {}
     for split, those in order.items():
-        for row in those:
-            file = files[row]
-            digest = digests[row][:HASH_DIGITS]
-            pictures[split].append(Picture(relative(file.path, path), classes[file.label], digest))
+        pictures[split] = [
+            Picture(
+                relative(files[row].path, path),
+                classes[files[row].label],
+                digests[row][:HASH_DIGITS],
+            )
+            for row in those
+        ]
     used_sizes = [sizes[row] for row in chosen]
-    tell(found.sizes_text(used_sizes), indent="  ")
+    print_paragraph(found.sizes_text(used_sizes), indent="  ")
     loss = found.median_loss(used_sizes)
     if fit == "crop" and loss > found.MUCH_LOST:
-        tell(found.loss_text(loss), indent="  ")
+        print_paragraph(found.loss_text(loss), indent="  ")
     in_split = {split: len(those) for split, those in order.items()}
-    tell(found.splits_text(in_split, list(shares), seed), indent="  ")
+    print_paragraph(found.splits_text(in_split, list(shares), seed), indent="  ")
 
     counts = Counter(files[row].label for row in chosen)
     described = {
         "source": "pictures",
         "folder": name,
         "read": len(files) - len(left_out["unreadable"]),
-        **{reason: len(those) for reason, those in left_out.items()},
         "median_size": list(found.median_size(used_sizes)),
         "per_class": {each: counts[label] for label, each in enumerate(classes)},
         "splits": "as given",
     }
+    described |= {reason: len(those) for reason, those in left_out.items()}
     if "test" in shares:
         described["splits"] = f"made (seed {seed}, {100 * test_fraction:g} % test)"
     arrays = _arrays(classes, images, [file.label for file in files], order)
@@ -203,7 +207,7 @@ def read_all(files: list[Path], side: int, fit: str, scratch: Path) -> Read:
     return Read(squares, hashes, sizes)
 
 
-def tell(text: str, indent: str = "") -> None:
+def print_paragraph(text: str, indent: str = "") -> None:
     """Prints a paragraph on stdout, within 80 columns."""
     print(
         textwrap.fill(

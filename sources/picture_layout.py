@@ -284,8 +284,12 @@ def _rows(path: Path) -> list[tuple[str, str]]:
         raise UnusableInput(f"--labels {name}: is no text in UTF-8; save it as CSV") from None
     first_line = text.split("\n", 1)[0]
     delimiter = max(",;\t", key=first_line.count)
+    try:
+        table = list(csv.reader(text.splitlines(), delimiter=delimiter))
+    except csv.Error as error:
+        raise UnusableInput(f"--labels {name}: is no CSV ({error})") from None
     rows = []
-    for number, row in enumerate(csv.reader(text.splitlines(), delimiter=delimiter), 1):
+    for number, row in enumerate(table, 1):
         cells = [cell.strip() for cell in row]
         if not any(cells):
             continue
