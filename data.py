@@ -108,11 +108,14 @@ def channel_stats(images: np.ndarray) -> ChannelStats:
     The deviation is that of all pixels, not the mean of per-image deviations (0.2023, ...) that
     many repositories copy from each other.
     """
-    pixels = torch.from_numpy(images).reshape(-1, 3)
     values = torch.arange(256)
-    counts = torch.stack([torch.bincount(channel, minlength=256) for channel in pixels.T])
-    mean = (counts * values).sum(1).double() / len(pixels)
-    mean_square = (counts * values**2).sum(1).double() / len(pixels)
+    counts = torch.zeros(3, 256, dtype=torch.int64)
+    for some in torch.from_numpy(images).split(1000):  # each channel is copied to be counted
+        channels = some.reshape(-1, 3).T
+        counts += torch.stack([torch.bincount(channel, minlength=256) for channel in channels])
+    num_pixels = counts[0].sum()
+    mean = (counts * values).sum(1).double() / num_pixels
+    mean_square = (counts * values**2).sum(1).double() / num_pixels
     variance = mean_square - mean**2
     std = variance.clamp(min=1e-4).sqrt()  # one flat colour: no division by 0
     return ChannelStats(tuple((mean / 255).tolist()), tuple((std / 255).tolist()))

@@ -92,6 +92,7 @@ def train(
     schedule: str = "cosine",
     precision: str = "fp32",
     label_smoothing: float = 0.0,
+    class_weights: Tensor | None = None,
     progress: Progress | None = None,
 ) -> Iterator[Progress]:
     """Trains a model in place.
@@ -109,6 +110,7 @@ def train(
         schedule: see `lr_factor`.
         precision: "fp32" or "bf16".
         label_smoothing: in [0, 1).
+        class_weights: see `train_step`.
         progress: where an interrupted training stood.
     """
     device = next(model.parameters()).device
@@ -129,6 +131,7 @@ def train(
             lr,
             precision=precision,
             label_smoothing=label_smoothing,
+            class_weights=class_weights,
             count=count,
         )
 
@@ -169,6 +172,7 @@ def train_step(
     *,
     precision: str = "fp32",
     label_smoothing: float = 0.0,
+    class_weights: Tensor | None = None,
     count: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One optimiser step; it changes nothing at all where loss or gradient are not finite.
@@ -183,6 +187,9 @@ def train_step(
         lr: learning rate of a group whose `lr_scale` is 1.
         precision: "fp32" or "bf16".
         label_smoothing: in [0, 1).
+        class_weights: (C,) float32 on the device, factors of the loss of an image by its class.
+            Their mean over the training images is to be 1: the loss is divided by the number of
+            images, so that no batch, and no process's part of one, counts more than another.
         count: images the loss is a mean over, where these are a part of a larger batch; None for
             those of `x`.
 
@@ -193,7 +200,13 @@ def train_step(
     buffers = list(model.buffers())
     before = [buffer.clone() for buffer in buffers]
     logits = forward(model, x, precision)
-    loss = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=label_smoothing)
+    if class_weights is None:
+        loss = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=label_smoothing)
+    else:
+        # The weight of cross_entropy itself would also weigh the classes that smoothing adds: the
+        # rare one would become the target of the frequent one's images.
+        losses = F.cross_entropy(logits, labels, reduction="none", label_smoothing=label_smoothing)
+        loss = (losses * class_weights[labels]).sum()
     if count is None:
         count = len(labels)
     (loss / count).backward()

@@ -86,7 +86,9 @@ def train(settings: FineTuneSettings, command: str) -> None:
         device = claimed.device
 
         # Data
-        splits, source, pictures = loading.load_splits(settings, device, claimed.state)
+        splits, source, pictures = loading.load_splits(
+            settings, device, claimed.checkpoint_path, claimed.state
+        )
         splits = splits._replace(stats=IMAGENET_STATS)
         batches = loading.train_batches(settings, splits, settings.image_size)
         validation = loading.validation(splits, settings.image_size)
@@ -136,6 +138,9 @@ def train(settings: FineTuneSettings, command: str) -> None:
             pictures=pictures,
             seconds_before=feature_seconds,
         )
+        weights_of_classes = None
+        if settings.balance:
+            weights_of_classes = loading.class_weights(splits.train.labels, len(splits.classes))
         steps = engine.train(
             network,
             optimizer,
@@ -145,6 +150,7 @@ def train(settings: FineTuneSettings, command: str) -> None:
             warmup=settings.warmup,
             precision=precision,
             label_smoothing=settings.label_smoothing,
+            class_weights=weights_of_classes,
             progress=training.progress,
         )
         training.follow(steps, validation)

@@ -82,7 +82,9 @@ def train(settings: CustomSettings, command: str) -> None:
     """Trains one network and leaves its checkpoint, numbers and pictures."""
     with run.claim(settings, "custom_cnn", command) as claimed:
         # Data
-        splits, source, pictures = loading.load_splits(settings, claimed.device, claimed.state)
+        splits, source, pictures = loading.load_splits(
+            settings, claimed.device, claimed.checkpoint_path, claimed.state
+        )
         side = settings.image_size or 32
         batches = loading.train_batches(settings, splits, side)
         prepare()
@@ -119,6 +121,9 @@ def train(settings: CustomSettings, command: str) -> None:
             save_every=settings.save_every,
             pictures=pictures,
         )
+        weights_of_classes = None
+        if settings.balance:
+            weights_of_classes = loading.class_weights(splits.train.labels, len(splits.classes))
         steps = engine.train(
             network,
             optimizer,
@@ -129,6 +134,7 @@ def train(settings: CustomSettings, command: str) -> None:
             schedule=settings.schedule,
             precision=precision,
             label_smoothing=settings.label_smoothing,
+            class_weights=weights_of_classes,
             progress=training.progress,
         )
         training.follow(steps, loading.validation(splits, side))

@@ -82,7 +82,11 @@ def settings_of(job: str) -> CustomSettings | FineTuneSettings:
 
 def splits(settings: Settings, args: argparse.Namespace) -> Splits:
     """What a script would load for these settings, from the command line's folder."""
-    return loading.load_splits(replace(settings, data_dir=args.data_dir), args.device)[0]
+    return loading.load_splits(
+        replace(settings, data_dir=args.data_dir),
+        args.device,
+        settings.checkpoint_dir / "benchmark.pt",
+    )[0]
 
 
 class Job:

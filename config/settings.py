@@ -83,6 +83,12 @@ class Settings:
         None, DAILY, "a folder of your own pictures, one folder a class, instead of CIFAR-10"
     )
 
+    labels: Path | None = setting(
+        None,
+        DAILY,
+        "a CSV of file names and labels, where the pictures lie in no folders of classes",
+    )
+
     # Of fewer, an uneven division could leave a batch of one, which BatchNorm cannot normalise.
     batch_size: int = setting(None, FIT, "images a step learns from", at_least=4)
     lr: float = setting(
@@ -98,6 +104,9 @@ class Settings:
     weight_decay: float = setting(None, FIT, "pull of the weights towards 0", at_least=0, below=100)
     label_smoothing: float = setting(
         None, FIT, "share of the truth given to the other classes", at_least=0, below=1
+    )
+    balance: bool = setting(
+        False, FIT, "weigh the images of rare classes more, so that all classes count alike"
     )
     flip: str = setting(
         None,
@@ -120,6 +129,13 @@ class Settings:
     )
     image_size: int | None = setting(
         None, LOOK, "side of the network's input, pixels", at_least=16, below=513
+    )
+    fit: str = setting(
+        "crop",
+        LOOK,
+        "how a picture becomes a square: its middle, all of it with a border, or all of it "
+        "stretched",
+        choices=("crop", "pad", "squash"),
     )
     val_fraction: float = setting(
         None, LOOK, "share of the training images kept aside to validate on", at_least=0, below=1
@@ -155,6 +171,16 @@ class Settings:
                 "and --results-dir"
             )
         sizes(self.small_first)
+        if self.labels and not self.pictures:
+            raise UnusableInput(
+                f"--labels {printable(self.labels)}: they are of pictures of your own; say with "
+                "--pictures where those are"
+            )
+        if self.fit != "crop" and not self.pictures:
+            raise UnusableInput(
+                f"--fit {self.fit}: CIFAR-10's images are squares; leave it out, or name pictures "
+                "of your own with --pictures"
+            )
 
     def plain(self) -> dict[str, Any]:
         """The settings as JSON takes them."""

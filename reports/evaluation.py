@@ -150,7 +150,7 @@ def evaluate_checkpoint(
                 f"{run_dir}/ holds the results of another checkpoint than {printable(path)}: give "
                 "--results-dir"
             )
-        splits = test_split(saved, data_dir, pictures, device)
+        splits = test_split(saved, data_dir, pictures, device, scratch=path)
     temperature = saved["metrics"].get("temperature")
     side = saved.get("image_size", 32)
     report, logits, averaged = evaluate(model, splits, side, temperature, tta, batch_size)
@@ -295,6 +295,7 @@ def summary(report: Row) -> str:
     lines = [f"top-1 accuracy    {100 * report['top1']:.2f} % of {report['n']:,} test images"]
     if report["top1_tta"] is not None:
         lines.append(f"  with TTA        {100 * report['top1_tta']:.2f} % ({report['tta']})")
+    lines.append(f"macro F1          {_percent(report['macro']['f1'])} %")
     lines.append(f"cross-entropy     {report['loss']:.4f} nats")
     lines.append(f"calibration error {100 * report['ece']:.2f} %")
     if report["ece_calibrated"] is not None:

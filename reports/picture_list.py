@@ -4,7 +4,8 @@ import csv
 import io
 from pathlib import Path
 
-from sources.picture_folder import SPLITS, Picture
+from sources.picture_folder import Picture
+from sources.picture_layout import SPLITS
 from storage.files import write_atomically
 
 

@@ -84,13 +84,14 @@ def classify(
         names = [printable(file) for file in files]
     width = min(max(len(name) for name in names), 40)
     seen_side = saved.get("data", {}).get("image_shape", [32])[0]
+    fit = saved["config"].get("fit", "crop")
     temperature = saved["metrics"].get("temperature")
     print(_heading(tta, temperature), flush=True)
     num_unreadable = 0
     shown = []
     for name, file in zip(names, files, strict=True):
         try:
-            seen = pictures.load(file, seen_side)
+            seen = pictures.load(file, seen_side, fit)
         except UnusableInput as error:
             print(f"error: {error}", file=sys.stderr)
             num_unreadable += 1
@@ -100,7 +101,7 @@ def classify(
         guesses = ", ".join(f"{label} {100 * value:.1f} %" for label, value in likely)
         print(f"{name:<{width}}  {guesses}", flush=True)
         if figure and len(shown) < MOST_DRAWN:
-            shown.append((name, pictures.load(file, 224), seen, likely))
+            shown.append((name, pictures.load(file, 224, fit), seen, likely))
     if shown:
         figures.predictions(shown, figure, saved["name"], calibrated=temperature is not None)
         print(f"drawn in {printable(figure)}: {len(shown)} of {len(files)}")

@@ -14,7 +14,11 @@ from sources.known_pictures import find_test
 
 
 def test_split(
-    saved: dict[str, Any], data_dir: Path, place: Path | None, device: torch.device
+    saved: dict[str, Any],
+    data_dir: Path,
+    place: Path | None,
+    device: torch.device,
+    scratch: Path,
 ) -> Splits:
     """The test images a checkpoint is to be evaluated on, with its classes and statistics.
 
@@ -23,6 +27,7 @@ def test_split(
         data_dir: where CIFAR-10 is kept.
         place: where the pictures it was trained on lie now; None for where they lay.
         device: where the tensors are put.
+        scratch: see `runtime.memory.allocate`.
 
     Raises:
         UnusableInput: they are not there, or nobody can know which they were.
@@ -31,10 +36,16 @@ def test_split(
     limit = saved["config"].get("limit")  # a try on few images is tested on few
     if folder and "pictures" in saved:
         side = saved["data"]["image_shape"][0]
-        images, names = find_test(place or Path(folder), saved["pictures"], side)
+        images, names = find_test(
+            place or Path(folder),
+            saved["pictures"],
+            side,
+            fit=saved["config"].get("fit", "crop"),
+            scratch=scratch,
+        )
         labels = np.array([saved["classes"].index(name) for name in names], np.int64)
     elif folder:
-        arrays = _given_test(saved, place or Path(folder))
+        arrays = _given_test(saved, place or Path(folder), scratch)
         images = arrays.test_images[:limit]
         labels = arrays.test_labels[:limit]
     else:
@@ -51,7 +62,7 @@ def test_split(
     return Splits(tuple(saved["classes"]), stats, None, None, split)
 
 
-def _given_test(saved: dict[str, Any], place: Path) -> Arrays:
+def _given_test(saved: dict[str, Any], place: Path, scratch: Path) -> Arrays:
     """The pictures in `test/`, for a checkpoint older than the hashes of its pictures."""
     remedy = "train it anew, for its checkpoint to know them"
     if saved["data"]["splits"] != "as given":
@@ -59,7 +70,7 @@ def _given_test(saved: dict[str, Any], place: Path) -> Arrays:
             f"{saved['name']} does not say which pictures were kept for its test: {remedy}"
         )
     side = saved["data"]["image_shape"][0]
-    arrays, _, source = picture_folder.folder(place, side, val_fraction=0, seed=0)
+    arrays, _, source = picture_folder.folder(place, side, val_fraction=0, seed=0, scratch=scratch)
     if source["splits"] != "as given" or list(arrays.classes) != saved["classes"]:
         raise UnusableInput(
             f"{printable(place)} has not the test/ and the classes of {saved['name']}: name with "

@@ -1,9 +1,6 @@
 """The output of a frozen backbone, computed once for every image and its mirror image."""
 
-import os
-import tempfile
 from collections.abc import Iterator
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +12,7 @@ from data import ChannelStats, Draws, Splits, TrainBatches, inputs, send
 from engine import forward
 from runs.loading import Validation
 from runtime import launch, processes
-from runtime.memory import available_memory
+from runtime.memory import allocate
 
 
 @torch.inference_mode()
@@ -68,34 +65,16 @@ def compute_features(
 
 def _allocate(shape: tuple[int, ...], precision: str, scratch: Path) -> Tensor:
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    count = torch.Size(shape).numel()
-    size = count * dtype.itemsize
-    on_disk = size > available_memory() * launch.NUM_MACHINES / (2 * launch.WORLD_SIZE)
-    place = f"a file in {scratch.parent}/" if on_disk else "memory"
     both = ", plain and mirrored" if shape[1] == 2 else ""
-    print(f"features of {shape[0]:,} images{both}: {size / 1e6:,.0f} MB in {place}", flush=True)
-    if not on_disk:
-        return torch.empty(shape, dtype=dtype)
-    scratch.parent.mkdir(parents=True, exist_ok=True)  # a second machine may lack it
-    # Named as a temporary file of the run, which the next one removes after a kill.
-    handle, name = tempfile.mkstemp(prefix=f".{scratch.name}.", suffix=".tmp", dir=scratch.parent)
-    try:
-        try:
-            features = torch.from_file(name, True, count, dtype=dtype).view(shape)
-        finally:
-            with suppress(PermissionError):  # Windows keeps what is mapped
-                os.unlink(name)  # the mapping keeps the bytes alive
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(handle, 0, size)  # a full disk shows now, not as a crash later
-        return features
-    except OSError as error:
-        raise OSError(
-            f"{size / 1e9:.1f} GB of features fit neither in memory nor in {scratch.parent}/ "
-            f"({error}): add --no-cache, or take a smaller --image-size or another "
-            "--checkpoint-dir"
-        ) from error
-    finally:
-        os.close(handle)
+    what = f"features of {shape[0]:,} images{both}"
+    print(f"{what}: {torch.Size(shape).numel() * dtype.itemsize / 1e6:,.0f} MB", flush=True)
+    return allocate(
+        shape,
+        dtype,
+        scratch,
+        what,
+        "add --no-cache, or take a smaller --image-size or another --checkpoint-dir",
+    )
 
 
 class FeatureBatches(TrainBatches):

@@ -18,22 +18,28 @@ from runtime.device import choose_precision
 from sources import imagenet
 from sources.cifar10 import cifar10
 from sources.known_pictures import Known, changes, known
-from sources.picture_folder import Picture, folder
+from sources.picture_folder import Picture, folder, print_paragraph
 from storage import checkpoint
 from storage.files import sha256
 
+UNBALANCED = 5  # a class with so many times another's images is worth a line
 FEW_STEPS = 150  # of a training on few pictures
 
 
 @processes.agreed()
 def load_splits(
-    settings: Settings, device: torch.device, state: dict[str, Any] | None = None
+    settings: Settings,
+    device: torch.device,
+    scratch: Path,
+    state: dict[str, Any] | None = None,
 ) -> tuple[Splits, dict[str, Any], dict[str, list[Picture]] | None]:
     """Loads CIFAR-10 or a folder of pictures, as tensors on the device.
 
     Args:
         settings: of the run.
         device: where the tensors are put.
+        scratch: beside which path pictures go that memory does not hold, see
+            `runtime.memory.allocate`.
         state: what an interrupted run saved, whose pictures must be the same.
 
     Returns:
@@ -50,6 +56,9 @@ def load_splits(
             settings.image_size or 32,
             val_fraction=settings.val_fraction,
             seed=settings.seed,
+            scratch=scratch,
+            fit=settings.fit,
+            labels=settings.labels,
         )
         pictures = {split: those[: settings.limit] for split, those in pictures.items()}
         if state:
@@ -73,12 +82,29 @@ def load_splits(
             f"--batch-size {settings.batch_size}: there are {size} training images; take a "
             "smaller batch"
         )
+    unbalanced = _unbalanced_line(splits, settings.balance)
+    if unbalanced:
+        print_paragraph(unbalanced, indent="  ")
     num_steps = settings.epochs * math.ceil(size / settings.batch_size)
     if num_steps < FEW_STEPS and not settings.limit and launch.RANK == 0:
         epochs = math.ceil(FEW_STEPS / math.ceil(size / 32))
         print(f"{num_steps} steps are few to learn in: try --batch-size 32 --epochs {epochs}")
     shape = list(splits.train.images.shape[1:3])  # (H, W)
     return splits, source | {"image_shape": shape, "classes": len(splits.classes)}, pictures
+
+
+def _unbalanced_line(splits: Splits, is_weighed: bool) -> str:
+    """Says how far the numbers of training images differ; empty where it is not far."""
+    counts = torch.bincount(splits.train.labels, minlength=len(splits.classes)).tolist()
+    of_class = dict(zip(splits.classes, counts, strict=True))
+    rarest = min(of_class, key=of_class.get)
+    largest = max(of_class, key=of_class.get)
+    if of_class[largest] <= UNBALANCED * of_class[rarest]:
+        return ""
+    line = f"unbalanced: {of_class[largest]:,} {largest} to train on, {of_class[rarest]:,} {rarest}"
+    if is_weighed:
+        return f"{line}; all classes weigh alike (--balance)"
+    return f"{line}; macro F1 tells more than accuracy, --balance weighs the rare more"
 
 
 def _check_same_pictures(folder: Path, before: Known | None, now: Known) -> None:
@@ -206,6 +232,21 @@ def train_batches(settings: Settings, splits: Splits, side: int) -> TrainBatches
         num_epochs=settings.epochs,
         part=(launch.RANK, launch.WORLD_SIZE),
     )
+
+
+def class_weights(labels: Tensor, num_classes: int) -> Tensor:
+    """Factors of the loss by which every class weighs as much as any other.
+
+    Args:
+        labels: (N,) int64, of the training images.
+        num_classes: C.
+
+    Returns:
+        (C,) float32 on the device of the labels. Their mean over the images is 1.
+    """
+    counts = torch.bincount(labels, minlength=num_classes)
+    num_present = (counts > 0).sum()  # a limit may leave a class out
+    return len(labels) / (num_present * counts.clamp(min=1)).float()
 
 
 class Validation(NamedTuple):

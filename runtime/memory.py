@@ -1,10 +1,16 @@
-"""How much memory may still be taken, and freed memory that is kept."""
+"""How much memory may still be taken, what is put on the disk instead, what is kept when freed."""
 
 import ctypes
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from runtime import launch
 
 # Of glibc's malloc.h.
 _M_TRIM_THRESHOLD = -1
@@ -43,6 +49,51 @@ def available_memory(root: Path = Path("/")) -> float:
     if not limits and hasattr(os, "sysconf"):
         limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     return min(limits, default=4e9)
+
+
+def allocate(
+    shape: tuple[int, ...], dtype: torch.dtype, scratch: Path, what: str, remedy: str
+) -> Tensor:
+    """A tensor whose values are not set, in memory or in a file that no name leads to.
+
+    It is a file where the tensor would take more than half of what is free, for the training needs
+    some, too. The file goes with the process, however that ends.
+
+    Args:
+        shape: of the tensor.
+        dtype: of its values.
+        scratch: beside which path, and named after it, the file goes. Named after a checkpoint, it
+            is swept away with the run's other temporary files where a system keeps mapped ones.
+        what: is to be put there, in the plural, for messages.
+        remedy: for the message that there is no room.
+
+    Raises:
+        OSError: it fits neither in memory nor on the disk.
+    """
+    count = torch.Size(shape).numel()
+    size = count * dtype.itemsize
+    on_disk = size > available_memory() * launch.NUM_MACHINES / (2 * launch.WORLD_SIZE)
+    if not on_disk:
+        return torch.empty(shape, dtype=dtype)
+    print(f"{what}: {size / 1e6:,.0f} MB in a file in {scratch.parent}/, not in memory", flush=True)
+    scratch.parent.mkdir(parents=True, exist_ok=True)  # a second machine may lack it
+    handle, name = tempfile.mkstemp(prefix=f".{scratch.name}.", suffix=".tmp", dir=scratch.parent)
+    try:
+        try:
+            tensor = torch.from_file(name, True, count, dtype=dtype).view(shape)
+        finally:
+            with suppress(PermissionError):  # Windows keeps what is mapped
+                os.unlink(name)  # the mapping keeps the bytes alive
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(handle, 0, size)  # a full disk shows now, not as a crash later
+        return tensor
+    except OSError as error:
+        raise OSError(
+            f"{what}: {size / 1e9:.1f} GB fit neither in memory nor in {scratch.parent}/ "
+            f"({error}): {remedy}"
+        ) from error
+    finally:
+        os.close(handle)
 
 
 def _control_groups(root: Path) -> Iterator[Path]:

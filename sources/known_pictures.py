@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from errors import UnusableInput, printable
-from sources.picture_folder import HASH_DIGITS, Picture, class_name, read_all, say
+from sources.picture_folder import HASH_DIGITS, Picture, read_all, say
+from sources.picture_layout import class_name, split_of
 from sources.pictures import has_picture_ending, search
 from storage.files import sha256
 
@@ -41,7 +42,9 @@ def changes(before: Known, now: Known) -> str:
     return ", ".join(said)
 
 
-def find_test(folder: Path, pictures: Known, side: int) -> tuple[np.ndarray, list[str]]:
+def find_test(
+    folder: Path, pictures: Known, side: int, *, fit: str, scratch: Path
+) -> tuple[np.ndarray, list[str]]:
     """Finds the test pictures of a training by their bytes, wherever they lie, however called.
 
     They come in the order of the training, each with the class it had then. What is missing, what
@@ -51,6 +54,8 @@ def find_test(folder: Path, pictures: Known, side: int) -> tuple[np.ndarray, lis
         folder: is searched with all folders in it.
         pictures: of the training.
         side: of the squares, pixels.
+        fit: how a picture becomes a square, see `pictures.load`.
+        scratch: see `runtime.memory.allocate`.
 
     Returns:
         Squares (N, side, side, 3) uint8 and the N names of their classes.
@@ -68,9 +73,12 @@ def find_test(folder: Path, pictures: Known, side: int) -> tuple[np.ndarray, lis
     places = dict(zip(digests, files, strict=True))
     test = pictures["test"]
     present = [digest for digest in test if digest in places]
-    images, read = read_all(name, [places[digest] for digest in present], side)
+    images, read, _ = read_all([places[digest] for digest in present], side, fit, scratch)
     readable = [row for row, digest in enumerate(read) if digest != ""]
-    images = images[readable]
+    for place, row in enumerate(readable):
+        if place < row:  # in place: a copy might not fit
+            images[place] = images[row]
+    images = images[: len(readable)]
     present = [present[row] for row in readable]
     if not present:
         raise UnusableInput(
@@ -89,7 +97,7 @@ def find_test(folder: Path, pictures: Known, side: int) -> tuple[np.ndarray, lis
     more = {
         digest
         for digest, file in zip(digests, files, strict=True)
-        if folder / "test" in file.parents and has_picture_ending(file) and digest not in test
+        if _in_test(file.relative_to(folder)) and has_picture_ending(file) and digest not in test
     }
     if more:
         lines.append(
@@ -112,6 +120,10 @@ def _hash(file: Path) -> str:
         return sha256(file)[:HASH_DIGITS]
     except OSError:  # a link to nothing, or not ours to read
         return ""
+
+
+def _in_test(file: Path) -> bool:
+    return len(file.parts) > 1 and split_of(file.parts[0]) == "test"
 
 
 def _num_moved(classes: dict[Path, str]) -> int:

@@ -3,7 +3,7 @@
 import hashlib
 import itertools
 import sys
-import unicodedata
+import textwrap
 import warnings
 from collections import Counter
 from collections.abc import Sequence
@@ -12,15 +12,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from data import Arrays
 from errors import UnusableInput, printable
-from runtime.memory import available_memory
-from sources.pictures import HIDDEN, find, has_picture_ending, load_hashed, search
+from runtime.memory import allocate
+from sources import found
+from sources.picture_layout import SPLITS, File, by_folders, by_labels, relative
+from sources.pictures import load_hashed
 
 HASH_DIGITS = 16  # of the 64 of a SHA-256: enough to tell pictures apart, and a checkpoint is small
-SPLITS = ("test", "val", "train")  # copies in several of them count in the first one alone
 
 
 class Picture(NamedTuple):
@@ -31,23 +33,28 @@ class Picture(NamedTuple):
     hash: str
 
 
-class _File(NamedTuple):
-    path: Path
-    split: str  # in which it lies; "train" where the folders of the classes lie in no split
-    label: int
+class Read(NamedTuple):
+    """Pictures that were read, a row each."""
 
-
-class _Listing(NamedTuple):
-    classes: tuple[str, ...]
-    given: tuple[str, ...]  # splits that have a folder; without any, "train"
-    files: list[_File]
-    others: list[Path]  # in the folders of the classes, but without an ending of a picture
+    squares: np.ndarray  # (N, side, side, 3) uint8
+    hashes: list[str]  # hex SHA-256 of the files' bytes, "" of an unreadable one
+    sizes: list[tuple[int, int]]  # width and height of the upright pictures, pixels
 
 
 def folder(
-    path: Path, side: int, *, val_fraction: float, seed: int, test_fraction: float = 0.15
+    path: Path,
+    side: int,
+    *,
+    val_fraction: float,
+    seed: int,
+    scratch: Path,
+    test_fraction: float = 0.15,
+    fit: str = "crop",
+    labels: Path | None = None,
 ) -> tuple[Arrays, dict[str, list[Picture]], dict[str, Any]]:
-    """Reads a folder per class; `train/`, `val/` and `test/` above them are honoured.
+    """Reads a folder per class, or one with a list of labels; says what was found.
+
+    `train/`, `val/` and `test/` above the folders of the classes are honoured.
 
     The bytes of a picture decide its split, not its name: within a class the pictures are ordered
     by a hash of the seed and their bytes, and the shares for test and validation are cut from that
@@ -55,30 +62,36 @@ def folder(
     Of copies (equal bytes) one counts. A picture that lies in two classes is left out of both.
 
     The images of a split come from its classes in turn: the first N hold as many of each.
-    What is left out is named on stderr.
 
     Args:
-        path: holds the folders of the classes, or of the splits.
+        path: holds the folders of the classes, or of the splits, or the pictures of a list.
         side: of the squares, pixels.
         val_fraction: without `val/`, the share of every class's training images that validates.
-        test_fraction: without `test/`, the share of every class that becomes test images.
         seed: chooses them.
+        scratch: see `runtime.memory.allocate`.
+        test_fraction: without `test/`, the share of every class that becomes test images.
+        fit: how a picture becomes a square, see `pictures.load`.
+        labels: see `picture_layout.by_labels`.
 
     Returns:
         The arrays; the pictures of each split, in the order of the arrays; and what config.json
         says of them.
 
     Raises:
-        UnusableInput: the folders are not like this, a class has too few pictures for one in every
-            split, or they would not fit into memory.
+        UnusableInput: the folders or the list are not like this, or a class has too few pictures
+            for one in every split.
+        OSError: the squares fit neither in memory nor on the disk.
     """
     path = Path(path)
     name = printable(path)
-    classes, given, files, others = _listed(path)
-    if others:
-        examples = ", ".join(_relative(file, path) for file in others[:3])
-        line = f"{len(others):,} files have no ending of a picture: left out"
-        say([f"{name}: {line} (like {examples})"])
+    listing = by_labels(path, labels) if labels else by_folders(path)
+    classes = listing.classes
+    given = listing.given
+    files = listing.files
+    counts = Counter(file.label for file in files)
+    print_paragraph(found.classes_text(name, {each: counts[i] for i, each in enumerate(classes)}))
+    for note in listing.notes:
+        print_paragraph(note, indent="  ")
     shares = {}  # of the splits that are drawn
     if "test" not in given:
         shares["test"] = test_fraction
@@ -87,12 +100,22 @@ def folder(
     listed = Counter(file.label for file in files if file.split == "train")
     _check_train(name, classes, list(shares), listed)  # before reading takes minutes
 
-    images, digests = read_all(name, [file.path for file in files], side)
+    images, digests, sizes = read_all([file.path for file in files], side, fit, scratch)
+    left_out = {
+        "unreadable": [file.path for file, hash in zip(files, digests, strict=True) if not hash],
+        "other_files": listing.without_ending,
+        "outside": listing.outside,
+        "unlisted": listing.unlisted,
+    }
     chosen, copies, in_two = _unique(files, digests)
-    if copies or in_two:
-        line = f"{copies:,} as copies of others, {len(in_two):,} as they lie in two classes"
-        example = f" (like {_relative(in_two[0], path)})" if in_two else ""
-        say([f"{name}: left out: {line}{example}"])
+    left_out["copies"] = copies
+    left_out["in_two_classes"] = in_two
+    text = found.left_out_text(
+        {reason: [relative(file, path) for file in those] for reason, those in left_out.items()}
+    )
+    if text:
+        print_paragraph(text, indent="  ")
+
     rows = {split: [[] for _ in classes] for split in given}  # of the images, by split and class
     for row in sorted(chosen, key=lambda row: _rank(digests[row], seed)):
         rows[files[row].split][files[row].label].append(row)
@@ -104,82 +127,98 @@ def folder(
         rows[split] = _cut(rows["train"], share, leave=len(shares) - number)
 
     order = {split: _in_turn(rows[split]) for split in SPLITS if split in rows}
-    pictures = {split: [] for split in order}
+    pictures = {}
     for split, those in order.items():
-        for row in those:
-            file = files[row]
-            digest = digests[row][:HASH_DIGITS]
-            pictures[split].append(Picture(_relative(file.path, path), classes[file.label], digest))
+        pictures[split] = [
+            Picture(
+                relative(files[row].path, path),
+                classes[files[row].label],
+                digests[row][:HASH_DIGITS],
+            )
+            for row in those
+        ]
+    used_sizes = [sizes[row] for row in chosen]
+    print_paragraph(found.sizes_text(used_sizes), indent="  ")
+    loss = found.median_loss(used_sizes)
+    if fit == "crop" and loss > found.MUCH_LOST:
+        print_paragraph(found.loss_text(loss), indent="  ")
+    in_split = {split: len(those) for split, those in order.items()}
+    print_paragraph(found.splits_text(in_split, list(shares), seed), indent="  ")
+
     counts = Counter(files[row].label for row in chosen)
-    num_unreadable = digests.count("")
     described = {
         "source": "pictures",
         "folder": name,
-        "read": len(files) - num_unreadable,
-        "unreadable": num_unreadable,
-        "other_files": len(others),
-        "copies": copies,
-        "in_two_classes": len(in_two),
+        "read": len(files) - len(left_out["unreadable"]),
+        "median_size": list(found.median_size(used_sizes)),
         "per_class": {each: counts[label] for label, each in enumerate(classes)},
         "splits": "as given",
     }
+    described |= {reason: len(those) for reason, those in left_out.items()}
     if "test" in shares:
         described["splits"] = f"made (seed {seed}, {100 * test_fraction:g} % test)"
     arrays = _arrays(classes, images, [file.label for file in files], order)
     return arrays, pictures, described
 
 
-def read_all(name: str, files: list[Path], side: int) -> tuple[np.ndarray, list[str]]:
+def read_all(files: list[Path], side: int, fit: str, scratch: Path) -> Read:
     """Reads pictures, many at a time; what cannot be read is named on stderr.
 
     Args:
-        name: of their folder, for messages.
         files: the pictures.
         side: of the squares, pixels.
-
-    Returns:
-        Squares (N, side, side, 3) uint8, and the hex SHA-256 of each file, "" of an unreadable one.
+        fit: how a picture becomes a square, see `pictures.load`.
+        scratch: see `runtime.memory.allocate`.
 
     Raises:
-        UnusableInput: they would not fit into memory.
+        OSError: the squares fit neither in memory nor on the disk.
     """
-    taken = len(files) * side * side * 3 / 1e9
-    free = available_memory() / 1e9
-    if taken > free / 2:  # the training needs some, too
-        rule = f"{len(files):,} pictures of {side} px take {taken:.2g} of the {free:.2g} GB free"
-        raise UnusableInput(f"{name}: {rule}; use a smaller --image-size or fewer pictures")
-    images = np.empty((len(files), side, side, 3), np.uint8)
+    squares = allocate(
+        (len(files), side, side, 3),
+        torch.uint8,
+        scratch,
+        f"{len(files):,} pictures of {side} px",
+        "use a smaller --image-size, fewer pictures or another --checkpoint-dir",
+    ).numpy()
+    sizes = [(0, 0)] * len(files)
     lines: list[str] = []
 
     def read(row: int) -> str:
         try:
-            images[row], digest = load_hashed(files[row], side)
+            picture = load_hashed(files[row], side, fit)
         except UnusableInput as error:
             if isinstance(error.__cause__, MemoryError):
                 raise  # not the picture's fault
             lines.append(f"{error}; left out")
             return ""
-        return digest
+        squares[row] = picture.square
+        sizes[row] = picture.size
+        return picture.hash
 
     pool = ThreadPoolExecutor()  # Pillow works without Python's lock
     try:
         with warnings.catch_warnings():  # threads share the filters: this puts them back
             warnings.simplefilter("ignore")
             done = pool.map(read, range(len(files)))
-            digests = list(tqdm(done, total=len(files), unit=" pictures", disable=None))
+            hashes = list(tqdm(done, total=len(files), unit=" pictures", disable=None))
     finally:
         pool.shutdown(cancel_futures=True)  # a signal does not wait for the rest
     say(sorted(lines))
-    return images, digests
+    return Read(squares, hashes, sizes)
 
 
-def class_name(folder: str) -> str:
-    """The class that a folder's name stands for.
-
-    A Mac writes Ä as A and two dots, others as one letter: both are one class.
-    """
-    name = unicodedata.normalize("NFC", folder)
-    return name if name.isprintable() else printable(name)
+def print_paragraph(text: str, indent: str = "") -> None:
+    """Prints a paragraph on stdout, within 80 columns."""
+    print(
+        textwrap.fill(
+            text,
+            79,
+            initial_indent=indent,
+            subsequent_indent="    ",
+            break_on_hyphens=False,
+        ),
+        flush=True,
+    )
 
 
 def say(lines: list[str]) -> None:
@@ -188,54 +227,6 @@ def say(lines: list[str]) -> None:
         print(line, file=sys.stderr)
     if len(lines) > 10:
         print(f"and {len(lines) - 10:,} more like these", file=sys.stderr)
-
-
-def _listed(path: Path) -> _Listing:
-    name = printable(path)
-    if not path.is_dir():
-        raise UnusableInput(f"{name}: no such folder; name one that holds a folder per class")
-    top = _folders(path)
-    inside: dict[str, dict[str, list[Path]]] = {}
-    for split in SPLITS:
-        if split in top:
-            inside[split] = {}
-            for place in top[split]:
-                inside[split] |= _folders(place)
-    if "train" not in top and any(inside.values()):
-        raise UnusableInput(f"{name}: holds val/ or test/, but no train/; add it")
-    if not inside.get("train") or any(map(has_picture_ending, top["train"][0].iterdir())):
-        inside = {"train": top}  # a folder train/ is a class
-    classes = tuple(sorted(inside["train"]))
-    if not 2 <= len(classes) <= 1000:
-        raise UnusableInput(f"{name}: {len(classes):,} folders of classes; make it two to 1,000")
-    files = []
-    others = []
-    for split, of_class in inside.items():
-        unknown = sorted(of_class.keys() - set(classes))
-        if unknown:
-            raise UnusableInput(f"{name}: {split}/{unknown[0]} is not in train/; add it")
-        for label, wanted in enumerate(classes):
-            for place in of_class.get(wanted, []):
-                found, more = search(place)
-                files += [_File(file, split, label) for file in found]
-                others += more
-    num_outside = len(find([path])) - len(files)
-    if num_outside > 0:
-        say([f"{name}: left out: {num_outside:,} outside the folders of classes"])
-    return _Listing(classes, tuple(inside), files, others)
-
-
-def _folders(path: Path) -> dict[str, list[Path]]:
-    """The folders in one by the class they stand for."""
-    found: dict[str, list[Path]] = {}
-    for place in sorted(path.iterdir()):
-        if place.is_dir() and not place.name.startswith(HIDDEN):
-            found.setdefault(class_name(place.name), []).append(place)
-    return found
-
-
-def _relative(file: Path, path: Path) -> str:
-    return printable(file.relative_to(path).as_posix())
 
 
 def _check_train(name: str, classes: Sequence[str], drawn: list[str], counts: Counter[int]) -> None:
@@ -271,13 +262,13 @@ def _first_ten(words: list[str]) -> str:
     return ", ".join(words[:10]) + more
 
 
-def _unique(files: list[_File], digests: list[str]) -> tuple[list[int], int, list[Path]]:
-    """The rows that count, the number of copies, and the files whose picture is in two classes."""
+def _unique(files: list[File], digests: list[str]) -> tuple[list[int], list[Path], list[Path]]:
+    """The rows that count, the files that are copies, and those whose picture is in two classes."""
     labels: dict[str, set[int]] = {}
     for file, digest in zip(files, digests, strict=True):
         labels.setdefault(digest, set()).add(file.label)
     first: dict[str, int] = {}
-    copies = 0
+    copies = []
     in_two = []
     for row, digest in enumerate(digests):  # the files of `test/` come first, see SPLITS
         if digest == "":
@@ -285,7 +276,7 @@ def _unique(files: list[_File], digests: list[str]) -> tuple[list[int], int, lis
         if len(labels[digest]) > 1:
             in_two.append(files[row].path)
         elif digest in first:
-            copies += 1
+            copies.append(files[row].path)
         else:
             first[digest] = row
     return list(first.values()), copies, in_two

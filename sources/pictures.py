@@ -9,6 +9,7 @@ import warnings
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
@@ -23,6 +24,8 @@ except ImportError:
 MAX_PIXELS = 100_000_000  # a photograph of that many takes 300 MB once decoded
 # For EPS Pillow would run Ghostscript, a whole language; the others it knows but cannot draw.
 _NOT_DRAWN = {"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG"}
+# What fills a padded square: ImageNet's mean colour, which is 0 to a network once normalised.
+PADDING = (124, 116, 104)
 HIDDEN = (".", "__MACOSX")  # how names begin that no one means
 _ORIENTATION = 0x0112  # the tag of EXIF that says how to turn a picture upright
 _UPRIGHT = {
@@ -34,6 +37,12 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_ON_ITS_SIDE = (
+    Image.Transpose.TRANSPOSE,
+    Image.Transpose.ROTATE_270,
+    Image.Transpose.TRANSVERSE,
+    Image.Transpose.ROTATE_90,
+)
 _WHITE_IS_ZERO = 0  # a value of TIFF's tag 262, PhotometricInterpretation
 _BROKEN = (  # what Pillow's decoders raise for damaged files
     OSError,
@@ -51,6 +60,14 @@ _BROKEN = (  # what Pillow's decoders raise for damaged files
     zlib.error,
     Image.DecompressionBombError,
 )
+
+
+class Loaded(NamedTuple):
+    """A picture that was read."""
+
+    square: np.ndarray  # (side, side, 3) uint8
+    hash: str  # hex SHA-256 of the file's bytes
+    size: tuple[int, int]  # width and height of the upright picture, pixels
 
 
 @functools.cache
@@ -112,8 +129,8 @@ def has_picture_ending(path: Path) -> bool:
     return path.suffix.lower() in _formats()[1]
 
 
-def load(path: Path, side: int = 32) -> np.ndarray:
-    """Reads a picture upright, in sRGB, on white where transparent, cut to its central square.
+def load(path: Path, side: int = 32, fit: str = "crop") -> np.ndarray:
+    """Reads a picture upright, in sRGB, on white where transparent, as a square.
 
     Grey values of more than 8 bits, floats among them, are stretched from the lowest to the highest
     finite one: scans and X-rays seldom fill their range, and seldom say which part they use. A
@@ -122,6 +139,8 @@ def load(path: Path, side: int = 32) -> np.ndarray:
     Args:
         path: the file.
         side: side of the result, pixels.
+        fit: how it becomes a square: "crop" keeps the central square, "pad" all of it, with
+            `PADDING` beside it, "squash" all of it, with its proportions lost.
 
     Returns:
         (side, side, 3) uint8.
@@ -129,18 +148,18 @@ def load(path: Path, side: int = 32) -> np.ndarray:
     Raises:
         UnusableInput: it is no picture, a damaged one, or one of more than `MAX_PIXELS`.
     """
-    return load_hashed(path, side)[0]
+    return load_hashed(path, side, fit).square
 
 
-def load_hashed(path: Path, side: int) -> tuple[np.ndarray, str]:
-    """As `load`, with the hex SHA-256 of the file's bytes, which are read once."""
+def load_hashed(path: Path, side: int, fit: str) -> Loaded:
+    """As `load`, with the hash of the file's bytes, which are read once, and the picture's size."""
     try:
         if path.exists() and not path.is_file():  # opening a fifo would wait for its writer
             raise ValueError("not a regular file, nor a folder that may be listed")
         content = path.read_bytes()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd metadata; the pixels are what counts
-            square = _decode(content, side)
+            square, size = _decode(content, side, fit)
     except _BROKEN as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         if isinstance(error, UnidentifiedImageError):
@@ -148,11 +167,13 @@ def load_hashed(path: Path, side: int) -> tuple[np.ndarray, str]:
         if isinstance(error, Image.DecompressionBombError):
             reason = f"more than {MAX_PIXELS:,} pixels; make it smaller"
         raise UnusableInput(f"{printable(path)}: cannot be read ({printable(reason)})") from error
-    return square, hashlib.sha256(content).hexdigest()
+    return Loaded(square, hashlib.sha256(content).hexdigest(), size)
 
 
-def _decode(content: bytes, side: int) -> np.ndarray:
+def _decode(content: bytes, side: int, fit: str) -> tuple[np.ndarray, tuple[int, int]]:
+    """The square, and width and height of the upright picture."""
     with Image.open(io.BytesIO(content), formats=_formats()[0]) as image:
+        size = image.size
         if image.width * image.height > MAX_PIXELS:
             raise Image.DecompressionBombError
         image.draft("RGB", (4 * side, 4 * side))  # JPEG decodes at a fraction of the size
@@ -169,8 +190,28 @@ def _decode(content: bytes, side: int) -> np.ndarray:
             image = image.convert("RGB")
     if turn is not None:
         image = image.transpose(turn)
-    image = ImageOps.fit(image, (side, side), Image.Resampling.LANCZOS)
-    return np.array(_in_srgb(image, profile))
+    if turn in _ON_ITS_SIDE:
+        size = size[::-1]
+    if fit == "crop":
+        image = ImageOps.fit(image, (side, side), Image.Resampling.LANCZOS)
+    elif fit == "pad":
+        image = image.resize(_inside(size, side), Image.Resampling.LANCZOS)
+    else:
+        image = image.resize((side, side), Image.Resampling.LANCZOS)
+    image = _in_srgb(image, profile)
+    if image.size != (side, side):
+        padded = Image.new("RGB", (side, side), PADDING)
+        padded.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+        image = padded
+    return np.array(image), size
+
+
+def _inside(size: tuple[int, int], side: int) -> tuple[int, int]:
+    """Width and height of a picture whose longer side becomes the side of a square."""
+    longer = max(size)
+    width = max(1, round(size[0] * side / longer))
+    height = max(1, round(size[1] * side / longer))
+    return width, height
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:

@@ -181,6 +181,25 @@ def test_weight_decay_spares_biases_and_batchnorm_except_with_adam_and_muon():
     assert classifier["weight_decay"] == 0.2  # both shrink alike in a step
 
 
+def test_a_class_weight_scales_the_loss_of_its_images_and_not_what_smoothing_adds():
+    x = torch.randn(8, 3, 8, 8)
+    labels = torch.tensor([0, 0, 0, 0, 0, 0, 1, 1])
+    weights = loading.class_weights(labels, 10)
+    torch.testing.assert_close(weights[:2], torch.tensor([8 / 12, 2.0]))
+    assert weights[labels].mean().item() == pytest.approx(1)
+    model, optimizer = beginning("sgd")
+    losses = F.cross_entropy(model(x), labels, reduction="none", label_smoothing=0.2)
+    gradient = torch.autograd.grad((losses * weights[labels]).mean(), model[-1].bias)[0]
+    model, optimizer = beginning("sgd")
+    before = model[-1].bias.detach().clone()
+    summed, _ = engine.train_step(
+        model, optimizer, x, labels, 0.1, label_smoothing=0.2, class_weights=weights
+    )
+    assert summed[0].item() == pytest.approx((losses * weights[labels]).sum().item())
+    moved = before - model[-1].bias.detach()
+    assert F.cosine_similarity(moved, gradient, dim=0) > 0.99
+
+
 def test_muon_moves_convolutions_alike_in_all_directions():
     model, optimizer = beginning("muon")
     conv = model[0]

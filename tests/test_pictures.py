@@ -1,6 +1,7 @@
 """What people's own pictures look like to the network, and which of them is in which split."""
 
 import csv
+import errno
 import io
 import json
 import os
@@ -22,6 +23,7 @@ from PIL import Image, ImageCms, ImageFile
 import train_custom
 from errors import UnusableInput
 from reports import picture_list
+from runtime import memory
 from sources import picture_folder, pictures
 from sources.known_pictures import changes
 from sources.picture_folder import Picture
@@ -300,6 +302,44 @@ def test_reading_leaves_pillow_and_warnings_as_they_were(tmp_path):
     assert state() == before
 
 
+# --- how a picture becomes a square --------------------------------------------------------------
+
+WIDE = np.zeros((10, 30, 3), np.uint8)
+WIDE[:, :10] = (255, 0, 0)
+WIDE[:, 20:] = (0, 0, 255)
+
+
+@pytest.mark.parametrize(
+    ("fit", "upper", "middle"),
+    [
+        ("crop", [(0, 0, 0)] * 3, [(0, 0, 0)] * 3),
+        ("pad", [pictures.PADDING] * 3, [(255, 0, 0), (0, 0, 0), (0, 0, 255)]),
+        ("squash", [(255, 0, 0), (0, 0, 0), (0, 0, 255)], [(255, 0, 0), (0, 0, 0), (0, 0, 255)]),
+    ],
+)
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_wide_picture_becomes_a_square_as_asked(tmp_path, fit, upper, middle, turned):
+    path = tmp_path / "picture"
+    data = Image.Exif()
+    if turned:
+        data[0x0112] = 6
+        path.write_bytes(saved(np.rot90(WIDE), "PNG", exif=data))
+    else:
+        path.write_bytes(saved(WIDE, "PNG"))
+    square, _, size = pictures.load_hashed(path, 30, fit)
+    assert size == (30, 10)
+    for row, expected in ((2, upper), (15, middle)):
+        found = [tuple(square[row, column].tolist()) for column in (4, 15, 25)]
+        assert found == expected
+
+
+def test_the_narrowest_picture_can_be_padded(tmp_path):
+    path = tmp_path / "line.png"
+    Image.new("RGB", (1, 400), "white").save(path)
+    square = pictures.load(path, 16, "pad")
+    assert (square == 255).all(2).sum() == 16
+
+
 # --- which files -------------------------------------------------------------------------------
 
 
@@ -384,11 +424,33 @@ def classes(path, counts=(("cat", 10), ("dog", 20), ("owl", 3)), first=0):
     return path
 
 
-def read(path, side=8, val_fraction=0.1, test_fraction=0.2, seed=0):
+def read(path, side=8, val_fraction=0.1, test_fraction=0.2, seed=0, scratch=Path("none"), **more):
     """The arrays, the pictures by split, what config.json says."""
     return picture_folder.folder(
-        path, side, val_fraction=val_fraction, test_fraction=test_fraction, seed=seed
+        Path(path),
+        side,
+        val_fraction=val_fraction,
+        test_fraction=test_fraction,
+        seed=seed,
+        scratch=scratch,
+        **more,
     )
+
+
+def paragraphs(text):
+    """The paragraphs of the terminal, each on one line."""
+    assert all(len(line) < 80 for line in text.splitlines())
+    joined = []
+    for line in text.splitlines():
+        if line.startswith("    "):
+            joined[-1] += " " + line.strip()
+        else:
+            joined.append(line.strip())
+    return joined
+
+
+def said_lines(capsys):
+    return paragraphs(capsys.readouterr().out)
 
 
 def colours(images):
@@ -421,8 +483,11 @@ def test_a_folder_per_class_is_split_stratified_and_by_seed(tmp_path):
         "read": 33,
         "unreadable": 0,
         "other_files": 0,
+        "outside": 0,
+        "unlisted": 0,
         "copies": 0,
         "in_two_classes": 0,
+        "median_size": [8, 8],
         "per_class": {"cat": 10, "dog": 20, "owl": 3},
         "splits": "made (seed 0, 20 % test)",
     }
@@ -501,12 +566,12 @@ def test_copies_share_a_split_and_count_once_and_a_picture_in_two_classes_does_n
     assert said["per_class"] == {"cat": 10, "dog": 19}
     all_colours = colours(np.concatenate([arrays.train_images, *arrays[3:6:2]]))
     assert (1, 0, 3) not in all_colours
-    lines = capsys.readouterr().err.splitlines()
-    assert lines == [
-        f"{tmp_path}: left out: 30 as copies of others, 0 as they lie in two classes",
-        f"{tmp_path}: left out: 29 as copies of others, 3 as they lie in two classes (like "
-        "cat/odd.png)",
-    ]
+    lines = said_lines(capsys)
+    assert "left out: 30 as copies of others (like cat/copy of 00000.png)" in lines
+    assert (
+        "left out: 29 as copies of others (like cat/copy of 00000.png), 3 in two classes "
+        "(like cat/odd.png)"
+    ) in lines
 
 
 def test_given_splits_are_honoured_and_a_copy_in_test_does_not_train(tmp_path, capsys):
@@ -526,10 +591,13 @@ def test_given_splits_are_honoured_and_a_copy_in_test_does_not_train(tmp_path, c
         (1, 0, 201),
     ]
     assert (said["splits"], said["copies"]) == ("as given", 1)
-    assert capsys.readouterr().err.splitlines() == [
-        f"{tmp_path}: left out: 1 outside the folders of classes",
-        f"{tmp_path}: left out: 1 as copies of others, 0 as they lie in two classes",
-        f"{tmp_path}: val/ has no picture of dog",
+    captured = capsys.readouterr()
+    assert captured.err == f"{tmp_path}: val/ has no picture of dog\n"
+    assert paragraphs(captured.out)[1:] == [
+        "left out: 1 outside the folders of classes (like extra.png), 1 as copies of others "
+        "(like train/cat/00200.png)",
+        "8x8 pixels each",
+        "4 to train on, 2 to validate, 4 to test, as the folders say",
     ]
 
 
@@ -559,10 +627,8 @@ def test_files_without_an_ending_of_a_picture_are_counted_and_named(tmp_path, ca
         path.rename(path.with_name(f"{number}.png?w=800") if number % 2 else path.with_suffix(""))
     _, _, said = read(tmp_path)
     assert (said["read"], said["unreadable"], said["other_files"]) == (27, 0, 6)
-    assert capsys.readouterr().err == (
-        f"{tmp_path}: 6 files have no ending of a picture: left out (like dog/00000, dog/00002, "
-        "dog/00004)\n"
-    )
+    line = "left out: 6 without an ending of a picture (like dog/00000)"
+    assert line in said_lines(capsys)
 
 
 def test_unreadable_pictures_are_named_counted_and_left_out(tmp_path, capsys):
@@ -583,6 +649,13 @@ def test_unreadable_pictures_are_named_counted_and_left_out(tmp_path, capsys):
     [
         ({}, "0 folders of classes; make it two to 1,000"),
         ({"cat": 5}, "1 folders of classes"),
+        ({"deep/cat": 5, "deep/dog": 5}, "its only folder is deep/, which holds 2; name that"),
+        ({"train": 5, "test": 5}, "test/ and train/ hold no folders of classes; make it train/C"),
+        ({"Dev": 5, "testing": 5}, "Dev/ and testing/ hold no folders of classes"),
+        (
+            {"cat": 3, "dog": 3, "set/cat": 3, "set/dog": 3},
+            "set/ holds all the other classes again; name it alone, or take it away",
+        ),
         (dict.fromkeys(map(str, range(1001)), 0), "1,001 folders of classes"),
         (
             {"cat": 5, "dog": 0, "owl": 2},
@@ -595,10 +668,9 @@ def test_unreadable_pictures_are_named_counted_and_left_out(tmp_path, capsys):
         ({"val/cat": 3, "val/dog": 3}, "no train/"),
         (
             {"train/cat": 3, "train/dog": 3, "test/cat": 1, "test/cow": 1},
-            "test/cow is not in train/; add it",
+            "test/cow is not among the classes of train/; add it there",
         ),
         ({"train/cat": 3, "train/dog": 3, "test/cat": 0}, "test/ holds no picture of a class"),
-        ({"train/cat": 3, "train/dog": 3, "test": 9}, "test/ holds no picture of a class"),
     ],
 )
 def test_folders_that_cannot_be_used_are_refused_in_one_line(tmp_path, layout, words):
@@ -620,12 +692,27 @@ def test_a_class_of_unreadable_pictures_or_copies_is_too_small(tmp_path):
         read(tmp_path / "none")
 
 
-def test_pictures_that_would_not_fit_are_refused_before_they_are_read(tmp_path, monkeypatch):
-    classes(tmp_path)
-    monkeypatch.setattr(picture_folder, "available_memory", lambda: 2 * 33 * 64 * 64 * 3 - 1.0)
-    with pytest.raises(UnusableInput, match=r"33 pictures of 64 px .* smaller --image-size"):
-        read(tmp_path, side=64)
-    assert read(tmp_path, side=63)
+def test_pictures_that_memory_does_not_hold_go_to_a_file_that_vanishes(
+    tmp_path, monkeypatch, capsys
+):
+    classes(tmp_path / "photos")
+    place = tmp_path / "checkpoints" / "r.pt"
+    in_memory, _, _ = read(tmp_path / "photos", side=64, scratch=place)
+    assert not place.parent.exists()
+    monkeypatch.setattr(memory, "available_memory", lambda: 2 * 33 * 64 * 64 * 3 - 1.0)
+    mapped, _, _ = read(tmp_path / "photos", side=64, scratch=place)
+    assert f"33 pictures of 64 px: 0 MB in a file in {place.parent}/" in capsys.readouterr().out
+    for one, other in zip(in_memory, mapped, strict=True):
+        assert np.array_equal(one, other)
+    assert os.name == "nt" or not list(place.parent.iterdir())
+
+    def full_disk(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full_disk, raising=False)
+    with pytest.raises(OSError, match=r"33 pictures of 64 px: .* smaller --image-size"):
+        read(tmp_path / "photos", side=64, scratch=place)
+    assert not list(place.parent.iterdir())
 
 
 def test_too_little_memory_is_not_the_pictures_fault(tmp_path, monkeypatch):
@@ -642,10 +729,10 @@ def test_a_signal_does_not_wait_for_the_pictures_that_are_left(tmp_path, monkeyp
     classes(tmp_path, (("cat", 500), ("dog", 500)))
     opened = []
 
-    def load(path, side):
+    def load(path, side, fit):
         time.sleep(0.01)
         opened.append(path)
-        return np.zeros((side, side, 3), np.uint8), path.name
+        return pictures.Loaded(np.zeros((side, side, 3), np.uint8), path.name, (8, 8))
 
     def bar(squares, **_):
         for number, square in enumerate(squares):
@@ -685,6 +772,135 @@ def test_the_list_of_pictures_runs_no_formula_in_a_spreadsheet(tmp_path):
             ["path", "class", "split", "hash"],
             ["'=1+1/@a.png", "'=1+1", "train", "00ff"],
         ]
+
+
+@pytest.mark.parametrize("names", [("Training", "DEV", "testing"), ("train", "Valid", "TEST")])
+def test_folders_of_splits_may_have_other_usual_names(tmp_path, names):
+    for number, split in enumerate(names):
+        classes(tmp_path / split, (("cat", 3), ("dog", 3)), first=100 * number)
+    arrays, _, said = read(tmp_path)
+    assert said["splits"] == "as given"
+    assert [colour[2] // 100 for colour in colours(arrays.val_images)] == [1] * 6
+    assert [colour[2] // 100 for colour in colours(arrays.test_images)] == [2] * 6
+
+
+def test_a_test_folder_without_classes_is_left_aside_and_a_test_split_drawn(tmp_path, capsys):
+    classes(tmp_path / "train", (("cat", 10), ("dog", 10)))
+    classes(tmp_path, (("test", 4),), first=100)
+    arrays, split, said = read(tmp_path)
+    assert (len(arrays.test_images), said["outside"]) == (4, 4)
+    assert said["splits"] == "made (seed 0, 20 % test)"
+    assert all(picture.path.startswith("train/") for picture in split["test"])
+    lines = said_lines(capsys)
+    assert "test/ holds no folders of classes: left aside" in lines
+    assert "left out: 4 outside the folders of classes (like test/00100.png)" in lines
+    assert "14 to train on, 2 to validate, 4 to test; --seed 0 drew test and val" in lines
+
+
+def test_the_first_lines_say_what_was_found(tmp_path, capsys):
+    classes(tmp_path / "photos", (("cat", 10), ("dog", 20), ("owl", 3)))
+    for size in ((300, 100), (90, 30)):
+        Image.new("RGB", size, (9, 9, size[0] % 256)).save(tmp_path / "photos/cat" / f"{size}.png")
+    for number in range(2):
+        (tmp_path / "photos" / "dog" / f"x{number}.png").write_text("no picture")
+    (tmp_path / "photos" / "notes.txt").touch()
+    read(Path(tmp_path / "photos"))
+    lines = said_lines(capsys)
+    assert lines[0].endswith("photos: 37 pictures of 3 classes: cat 12, dog 22, owl 3")
+    assert lines[1:] == [
+        "left out: 2 unreadable (like dog/x0.png)",
+        "8x8 to 300x100 pixels, median 8x8",
+        "24 to train on, 4 to validate, 7 to test; --seed 0 drew test and val",
+    ]
+    classes(tmp_path / "many", [(f"c{number:02}", 3 + number) for number in range(11)])
+    read(tmp_path / "many")
+    assert said_lines(capsys)[0].endswith(
+        "many: 88 pictures of 11 classes, from 3 (c00) to 13 (c10)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("size", "fit", "is_said"),
+    [((300, 100), "crop", True), ((300, 100), "pad", False), ((400, 300), "crop", False)],
+)
+def test_much_cut_away_is_said(tmp_path, capsys, size, fit, is_said):
+    for label, name in enumerate(("cat", "dog")):
+        (tmp_path / name).mkdir()
+        for number in range(3):
+            Image.new("RGB", size, (label, number, 0)).save(tmp_path / name / f"{number}.png")
+    read(tmp_path, fit=fit)
+    line = (
+        "their central squares are used: 67 % of the median picture is cut away; --fit pad shows "
+        "all of it"
+    )
+    assert (line in said_lines(capsys)) == is_said
+
+
+# --- a list of labels ----------------------------------------------------------------------------
+
+
+def flat(path, count=12):
+    """Pictures in no folders of classes; the first is `deep/00000.png`."""
+    classes(path, (("photos", count),))
+    (path / "photos" / "deep").mkdir()
+    (path / "photos" / "00000.png").rename(path / "photos" / "deep" / "00000.png")
+    return path / "photos"
+
+
+def test_a_list_of_labels_names_pictures_with_or_without_ending_and_folder(tmp_path, capsys):
+    folder = flat(tmp_path)
+    names = ["deep/00000.png", "00001", "00002.png", ".\\00003.png", "00004", "00005", "00006"]
+    rows = [f"{name};{'cat' if number < 4 else 'dog'}" for number, name in enumerate(names)]
+    for heading in ([], ["id;label"]):
+        text = "\n".join([*heading, *rows, "", rows[1]])
+        (folder / "labels.csv").write_text(text, encoding="utf-8-sig")
+        arrays, split, said = read(folder, labels=folder / "labels.csv")
+        assert arrays.classes == ("cat", "dog")
+        assert said["per_class"] == {"cat": 4, "dog": 3}
+        assert (said["unlisted"], said["other_files"]) == (5, 0)
+        of_class = {
+            picture.path: picture.class_name for those in split.values() for picture in those
+        }
+        assert of_class["deep/00000.png"] == of_class["00003.png"] == "cat"
+        assert of_class["00004.png"] == "dog"
+        lines = said_lines(capsys)
+        assert lines[0].endswith("photos: 7 pictures of 2 classes: cat 4, dog 3")
+        assert lines[1] == "rows of the list that repeat others: 1"
+        assert lines[2] == "left out: 5 not in the list of labels (like 00007.png)"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("00001,cat\n00002,dog\nnone,cat\n", "1 named, but not in .*photos .like none.; correct"),
+        ("none,cat\n00002,dog\n00001,cat\n", "1 named, but not in"),  # is no heading
+        ("00001,cat\n00002,dog\n00001.png,dog\n", "1 pictures with two labels .like 00001.png"),
+        ("00000,cat\n00002,dog\n", "1 names of several pictures; give their paths below"),
+        ("00001,cat\n00002,cat\n", "1 different labels; make it two to 1,000"),
+        ("", "0 different labels"),
+        ("00001,cat,7\n", "row 1 holds 3 values in 3 columns; make it two columns, file name and"),
+        ("00001,cat\n00002,\n", "row 2 holds 1 values in 2 columns"),
+        ("00001,caf\xe9\n", "is no text in UTF-8; save it as CSV"),
+        (None, "cannot be read .No such file"),
+        ("00001,cat\n00002,dog\n", "every class needs 3 different pictures"),
+    ],
+)
+def test_a_list_of_labels_that_cannot_be_used_is_refused_in_one_line(tmp_path, text, words):
+    folder = flat(tmp_path)
+    (folder / "other").mkdir()
+    Image.new("RGB", (8, 8), "red").save(folder / "other" / "00000.png")
+    path = tmp_path / "labels.csv"
+    if text is not None:
+        path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(UnusableInput, match=words) as caught:
+        read(folder, labels=path)
+    assert str(caught.value).isprintable()
+
+
+def test_flat_pictures_without_a_list_are_refused_with_what_is_needed(tmp_path):
+    classes(tmp_path, (("photos", 3),))
+    with pytest.raises(UnusableInput, match=r"holds pictures, but no folders of classes; .* --lab"):
+        read(tmp_path / "photos")
 
 
 # --- a training and what comes after it ---------------------------------------------------------
@@ -888,3 +1104,79 @@ def test_changes_name_classes_and_count_pictures():
         "pictures in another class or split: 1"
     )
     assert changes(before, before) == ""
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--fit", "pad"), "--fit pad: CIFAR-10's images are squares; leave it out, or name"),
+        (("--labels", "a.csv"), "--labels a.csv: they are of pictures of your own; say with --pi"),
+    ],
+)
+def test_what_is_for_pictures_of_ones_own_is_refused_without_them(refused, flags, words):
+    assert words in refused("train_custom", *flags)
+
+
+def test_the_fit_of_a_training_is_that_of_its_evaluation(workplace, run):
+    """The class stands at the left of wide pictures: cropped, they look alike."""
+    rng = np.random.default_rng(0)
+    rows = ["name,label"]
+    Path("wide").mkdir()
+    for number in range(80):
+        pixels = rng.integers(0, 256, (16, 48, 3), np.uint8)
+        pixels[:, :8] = 255 * (number % 2)
+        Image.fromarray(pixels).save(f"wide/{number}.png")
+        rows.append(f"{number},{['dark', 'bright'][number % 2]}")
+    Path("labels.csv").write_text("\n".join(rows))
+    command = (*TINY, "--pictures", "wide", "--labels", "labels.csv", "--epochs", "6")
+    done = run(*command, "--fit", "pad")
+    assert done.code == 0
+    assert report()["top1"] == 1.0
+    before = report()
+    rename_all(Path("wide"))
+    assert run("evaluate", "checkpoints/custom_cnn.pt").code == 0
+    assert report() == before
+    done = run("evaluate", "checkpoints/custom_cnn.pt", "--predict", "wide")
+    assert done.code == 0
+    right = 0
+    for line in done.out.splitlines()[1:]:
+        name, guess = line.split()[:2]
+        is_bright = np.asarray(Image.open(f"wide/{name}"))[0, 0, 0] > 0
+        right += guess == ("bright" if is_bright else "dark")
+    assert right > 70
+
+
+def test_balance_raises_the_recall_of_a_rare_class(workplace, run):
+    rng = np.random.default_rng(0)
+    for split, counts in (("train", (160, 10)), ("test", (40, 40))):
+        for name, mean, count in zip(("often", "rare"), (110, 150), counts, strict=True):
+            place = Path("grey", split, name)
+            place.mkdir(parents=True)
+            for number in range(count):
+                noise = rng.normal(rng.normal(mean, 25), 20, (16, 16, 3))
+                pixels = noise.clip(0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(place / f"{number}.png")
+    command = (*TINY, "--pictures", "grey", "--epochs", "6")
+    plain = run(*command, "--run-name", "plain")
+    assert (plain.code, plain.err) == (0, "")
+    line = "unbalanced: 154 often to train on, 9 rare; macro F1 tells more than accuracy, --balance"
+    assert line in " ".join(plain.out.split())
+    balanced = run(*command, "--run-name", "balanced", "--balance")
+    assert "all classes weigh alike (--balance)" in " ".join(balanced.out.split())
+    assert "macro F1" in balanced.out
+    assert report("balanced")["per_class"]["rare"] > report("plain")["per_class"]["rare"] + 0.2
+
+
+def test_a_training_whose_pictures_do_not_fit_into_memory_ends_in_the_same_bits(
+    after, run, monkeypatch
+):
+    monkeypatch.setattr(memory, "available_memory", lambda: 1000.0)
+    done = run(*TINY, "--run-name", "mapped")
+    assert done.code == 0
+    assert "80 pictures of 16 px: 0 MB in a file in checkpoints/, not in memory" in done.out
+    assert outcome(".", "mapped") == outcome(".", "custom_cnn")
+    before = report("mapped")
+    done = run("evaluate", "checkpoints/mapped.pt")
+    assert "12 pictures of 16 px: 0 MB in a file in checkpoints/" in done.out
+    assert report("mapped") == before
+    assert os.name == "nt" or not list(Path("checkpoints").glob(".*"))

@@ -107,7 +107,7 @@ def flat(model):
     return torch.cat([t.flatten() for t in tensors if t.is_floating_point()]).clone()
 
 
-def learn(model, trained, batches, optimizer):
+def learn(model, trained, batches, optimizer, class_weights=None):
     """Trains in float64; every process must hold the same numbers after every step."""
     groups = parameter_groups(
         trained,
@@ -119,7 +119,16 @@ def learn(model, trained, batches, optimizer):
     optimizer = make_optimizer(groups, optimizer, 3e-3, "fp32")
     optimizer.dtype = torch.float64  # Muon's
     network = processes.shared(trained)
-    for _ in engine.train(network, optimizer, Doubles(batches), epochs=2, lr=3e-3, warmup=0.2):
+    steps = engine.train(
+        network,
+        optimizer,
+        Doubles(batches),
+        epochs=2,
+        lr=3e-3,
+        warmup=0.2,
+        class_weights=class_weights,
+    )
+    for _ in steps:
         assert len(set(processes.from_all(digest(flat(model))))) == 1
     return flat(model)
 
@@ -135,7 +144,7 @@ def part():
     return {"part": (launch.RANK, launch.WORLD_SIZE), "num_epochs": 2}
 
 
-def custom_cnn(optimizer):
+def custom_cnn(optimizer, class_weights=None):
     split, stats = sample_split(320)
     torch.manual_seed(0)
     arguments = models.NETWORKS["slim"] | {"widths": (8, 8, 16, 16, 16, 16), "hidden": (16, 16)}
@@ -144,7 +153,7 @@ def custom_cnn(optimizer):
     model.double()
     moved = data.Augmentation("alternating", translate=2, cutout=4)
     batches = data.TrainBatches(split, stats, 61, augmentation=moved, side=16, **part())
-    return learn(model, model, batches, optimizer)
+    return learn(model, model, batches, optimizer, class_weights)
 
 
 def fine_tuned(unfreeze, cached, num_images, batch_size):
@@ -166,7 +175,7 @@ def fine_tuned(unfreeze, cached, num_images, batch_size):
 
 TRAININGS = {
     "CNN, Muon": (custom_cnn, "muon"),
-    "CNN, AdamW": (custom_cnn, "adamw"),
+    "CNN, AdamW, classes weighted": (custom_cnn, "adamw", torch.linspace(0.1, 1.9, 10)),
     "mobilenet": (fine_tuned, "last", False, 40, 13),
     # Of four images a batch, some processes' share is none.
     "mobilenet, cached": (fine_tuned, "last", True, 22, 4),
