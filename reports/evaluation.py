@@ -194,7 +194,7 @@ def evaluate_checkpoint(
         print(note)
     print(f"{summary(report)}\n", flush=True)
     if notes:
-        print(f"written to {printable(report_path)}, beside its own test.json")
+        print(f"written to {printable(report_path)} and {printable(page_dir)}/")
     rows = history.read(run_dir / "history.csv")
     draw(page_dir, saved, model, splits, logits, temperature, rows)
     content = saved | {
