@@ -17,5 +17,6 @@ test: .venv/.test
 	touch $@
 
 .venv/.test: .venv/.run Makefile
-	$(BIN)/python -m pip install --disable-pip-version-check "pytest>=8" "pytest-xdist>=3.6" "ruff>=0.9"
+	$(BIN)/python -m pip install --disable-pip-version-check "pytest>=8" "pytest-xdist>=3.6" "ruff>=0.9" \
+		onnx onnxscript onnxruntime
 	touch $@

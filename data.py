@@ -12,11 +12,7 @@ from torch import Tensor
 
 
 class Arrays(NamedTuple):
-    """A data set in memory: images (N, H, W, 3) uint8, labels (N,) that index `classes`.
-
-    The images of a split are in an order whose first N show every class, for `make_splits` to
-    limit them.
-    """
+    """A data set in memory: images (N, H, W, 3) uint8, labels (N,) that index `classes`."""
 
     classes: tuple[str, ...]
     train_images: np.ndarray
@@ -59,28 +55,61 @@ def make_splits(
     Args:
         arrays: the data set.
         val_fraction: share of every class that validates, where the data set brings no such split.
-        limit: keep the first `limit` images of each split; see `Arrays` for their order.
+        limit: keep so many images of each split, see `first_of_all`; None keeps all.
         seed: chooses the validation images, so that equal seeds compare equal splits.
         device: where the tensors are put; CIFAR-10 takes 184 MB there.
     """
 
-    def split(images: np.ndarray, labels: np.ndarray, chosen: np.ndarray | slice) -> Split:
-        images, labels = images[chosen][:limit], labels[chosen][:limit].astype(np.int64)
+    def split(images: np.ndarray, labels: np.ndarray) -> Split:
+        if limit is not None:
+            rows = first_of_all(labels, limit)
+            images = images[rows]
+            labels = labels[rows]
+        labels = labels.astype(np.int64)
         return Split(torch.from_numpy(images).to(device), torch.from_numpy(labels).to(device))
 
-    train, val = slice(None), None
+    train_images = arrays.train_images
+    train_labels = arrays.train_labels
+    val = None
     if arrays.val_images is not None:
-        val = split(arrays.val_images, arrays.val_labels, slice(None))
+        val = split(arrays.val_images, arrays.val_labels)
     elif val_fraction:
-        train, chosen = stratified_split(arrays.train_labels, val_fraction, seed)
-        val = split(arrays.train_images, arrays.train_labels, chosen)
+        kept, chosen = stratified_split(train_labels, val_fraction, seed)
+        val = split(train_images[chosen], train_labels[chosen])
+        train_images = train_images[kept]
+        train_labels = train_labels[kept]
+    train = split(train_images, train_labels)
     return Splits(
         arrays.classes,
-        channel_stats(arrays.train_images[train][:limit]),
-        split(arrays.train_images, arrays.train_labels, train),
+        channel_stats(train.images.cpu().numpy()),
+        train,
         val,
-        split(arrays.test_images, arrays.test_labels, slice(None)),
+        split(arrays.test_images, arrays.test_labels),
     )
+
+
+def first_of_all(labels: np.ndarray, limit: int) -> np.ndarray:
+    """The first images of a split, in which no class is missing that could be there.
+
+    They are simply the first where those show every class, or as many classes as images are wanted;
+    otherwise the classes take turns.
+
+    Args:
+        labels: (N,) integers.
+        limit: how many images are wanted.
+
+    Returns:
+        (min(limit, N),) int64, their indices.
+    """
+    first = np.arange(min(limit, len(labels)))
+    num_possible = min(len(first), len(np.unique(labels)))
+    if len(np.unique(labels[first])) == num_possible:
+        return first
+    turn = np.empty(len(labels), np.int64)  # of each image among those of its class
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        turn[members] = np.arange(len(members))
+    return np.argsort(turn, kind="stable")[:limit]
 
 
 def stratified_split(

@@ -1,6 +1,7 @@
 """Evaluates saved checkpoints on the test set, compares them, and classifies your own pictures."""
 
 import argparse
+import importlib.util
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,13 @@ EXAMPLES = """\
 examples:
   python evaluate.py checkpoints/custom_cnn.pt --tta crops
   python evaluate.py checkpoints/custom_cnn.pt --predict photo.jpg folder/
+  python evaluate.py checkpoints/custom_cnn.pt --export custom_cnn.onnx
   python evaluate.py         all finished checkpoints, and a table of all runs
 
 Numbers and pictures go to results/NAME/."""
+UNFINISHED = ".resume.pt"  # how the names of states end
+ENDINGS = (".onnx", ".pt2")  # of what --export writes
+ONNX_PACKAGES = ("onnx", "onnxscript")  # which torch writes ONNX with
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -34,9 +39,31 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--predictions flip, if the training mirrored)",
     )
     add("--predict", nargs="+", type=Path, metavar="PATH", help="classify pictures and folders")
-    add("--figure", type=Path, metavar="FILE.png", help="with --predict: draw what it saw")
-    add("--predictions", type=Path, metavar="FILE.csv", help="write a row for each test image")
-    add("--pictures", type=Path, metavar="DIR", help="where the pictures it was trained on are now")
+    add(
+        "--figure",
+        type=Path,
+        metavar="FILE.png",
+        help="with --predict: draw what it saw, and where it found the likeliest class",
+    )
+    add(
+        "--predictions",
+        type=Path,
+        metavar="FILE.csv",
+        help="write a row for each test image, or each picture of --predict",
+    )
+    add(
+        "--pictures",
+        type=Path,
+        metavar="DIR",
+        help="where the pictures it was trained on are now; or other ones, in a folder per class, "
+        "to evaluate it on",
+    )
+    add(
+        "--export",
+        type=Path,
+        metavar="FILE",
+        help="write the network for other programs: .onnx, or .pt2 for torch.export.load",
+    )
     add(
         "--device",
         default="auto",
@@ -81,9 +108,7 @@ def _check(args: argparse.Namespace) -> None:
         )
     if not args.checkpoints:
         args.checkpoints = sorted(
-            path
-            for path in args.checkpoint_dir.glob("*.pt")
-            if not path.name.endswith(".resume.pt")
+            path for path in args.checkpoint_dir.glob("*.pt") if not path.name.endswith(UNFINISHED)
         )
     if not args.checkpoints:
         raise UnusableInput(
@@ -92,13 +117,36 @@ def _check(args: argparse.Namespace) -> None:
         )
     if args.figure and not args.predict:
         raise UnusableInput("--figure draws what --predict saw: give --predict PATH too")
-    if args.predictions and args.predict:
-        raise UnusableInput("--predictions is of the test images, not of --predict's: give one")
-    for option in ("predictions", "figure"):
+    if args.export:
+        _check_export(args)
+    if args.predict and args.pictures:
+        raise UnusableInput("--pictures is a folder to evaluate on, --predict asks: give one")
+    for option in ("predictions", "figure", "export"):
         if getattr(args, option) and len(args.checkpoints) > 1:
             raise UnusableInput(
                 f"--{option} takes one checkpoint, not {len(args.checkpoints)}: name it"
             )
+
+
+def _check_export(args: argparse.Namespace) -> None:
+    """Refuses what cannot be written, and what would be done beside it."""
+    name = printable(args.export)
+    if args.export.suffix not in ENDINGS:
+        raise UnusableInput(
+            f"--export {name}: the ending must be {' or '.join(ENDINGS)}; .onnx is for other "
+            "programs, .pt2 for torch.export.load"
+        )
+    missing = [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]
+    if args.export.suffix == ".onnx" and missing:
+        raise UnusableInput(
+            f"--export {name}: torch needs {' and '.join(ONNX_PACKAGES)} for it; "
+            f"`pip install {' '.join(missing)}`, or give an ending .pt2"
+        )
+    for option in ("predict", "predictions", "pictures", "tta"):
+        if getattr(args, option):
+            raise UnusableInput(f"--export writes the network alone: leave --{option} out")
+    if launch.WORLD_SIZE > 1:
+        raise UnusableInput("--export under torchrun: one process writes the file; run it alone")
 
 
 if __name__ == "__main__":
@@ -106,7 +154,7 @@ if __name__ == "__main__":
 
 import torch
 
-from reports import evaluation, predictions, tables
+from reports import evaluation, export, predictions, tables
 from runtime import processes
 from runtime.device import select_device
 from storage import checkpoint
@@ -118,14 +166,17 @@ def evaluate(args: argparse.Namespace) -> None:
     with processes.joined(select_device(args.device)) as device:
         for path in processes.from_first(args.checkpoints):
             try:
-                if args.predict:
+                if args.export:
+                    _export(path, args.export)
+                elif args.predict:
                     _classify(path, args, device)
                 else:
                     _evaluate(path, args, device)
             except UnusableInput as error:
                 problems.append(str(error))
     some_evaluated = len(problems) < len(args.checkpoints)
-    if some_evaluated and not args.predict and launch.RANK == 0:
+    asked_only = args.predict or args.export
+    if some_evaluated and not asked_only and launch.RANK == 0:
         rows = tables.write(args.results_dir)
         if len(args.checkpoints) > 1:
             print(tables.terminal_table(rows))
@@ -134,12 +185,38 @@ def evaluate(args: argparse.Namespace) -> None:
         raise UnusableInput("; ".join(problems))
 
 
+def _load(path: Path, device: torch.device) -> tuple[torch.nn.Module, dict[str, Any]]:
+    """The network of a finished checkpoint, or of a state of an unfinished run."""
+    if path.name.endswith(UNFINISHED):
+        return checkpoint.load_unfinished(path, device)
+    return checkpoint.load_checkpoint(path, device)
+
+
+def _export(path: Path, wanted: Path) -> None:
+    network, saved = _load(path, torch.device("cpu"))
+    export.write(wanted, network, saved)
+    about = export.metadata(saved)
+    print(
+        f"{printable(path)}: written to {printable(wanted)}\n"
+        f"squares (N, H, W, 3) uint8 in, probabilities (N, {len(saved['classes'])}) out, "
+        f"{about['calibration']}"
+    )
+
+
 def _classify(path: Path, args: argparse.Namespace, device: torch.device) -> None:
-    model, saved = checkpoint.load_checkpoint(path, device)
+    model, saved = _load(path, device)
     if len(args.checkpoints) > 1:
         print(f"{printable(path)}:")
     views = args.tta or _usual_views(saved)
-    predictions.classify(model, saved, args.predict, views, args.figure)
+    predictions.classify(
+        model,
+        saved,
+        args.predict,
+        views,
+        figure=args.figure,
+        table_path=args.predictions,
+        batch_size=args.batch_size,
+    )
 
 
 def _usual_views(saved: dict[str, Any]) -> str:
@@ -148,7 +225,7 @@ def _usual_views(saved: dict[str, Any]) -> str:
 
 def _evaluate(path: Path, args: argparse.Namespace, device: torch.device) -> None:
     with processes.agreed():
-        model, saved = checkpoint.load_checkpoint(path, device)
+        model, saved = _load(path, device)
     views = args.tta or "none"
     if args.predictions and not args.tta:
         views = _usual_views(saved)
@@ -162,6 +239,7 @@ def _evaluate(path: Path, args: argparse.Namespace, device: torch.device) -> Non
         pictures=args.pictures,
         predictions_path=args.predictions,
         tta=views,
+        records_views=args.tta is not None,
         batch_size=args.batch_size,
     )
 

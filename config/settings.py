@@ -48,6 +48,9 @@ def setting(
     return field(default=default, metadata=rules)
 
 
+# Of fewer, an uneven division could leave a batch of one, which BatchNorm cannot normalise.
+SMALLEST_BATCH = 4
+
 DAILY = "every day"
 FIT = "how it learns"
 LOOK = "what it sees"
@@ -89,8 +92,7 @@ class Settings:
         "a CSV of file names and labels, where the pictures lie in no folders of classes",
     )
 
-    # Of fewer, an uneven division could leave a batch of one, which BatchNorm cannot normalise.
-    batch_size: int = setting(None, FIT, "images a step learns from", at_least=4)
+    batch_size: int = setting(None, FIT, "images a step learns from", at_least=SMALLEST_BATCH)
     lr: float = setting(
         None,
         FIT,

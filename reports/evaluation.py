@@ -17,8 +17,8 @@ from engine import predict
 from errors import UnusableInput, printable
 from models import Whitening
 from reports import figures, history, pages, predictions, provenance
+from reports.images_to_evaluate import images_to_evaluate
 from reports.live import best_effort
-from reports.test_images import test_split
 from runtime import launch, processes
 from storage.files import read_json, sha256, write_json
 
@@ -122,9 +122,13 @@ def evaluate_checkpoint(
     pictures: Path | None,
     predictions_path: Path | None,
     tta: str,
+    records_views: bool,
     batch_size: int,
 ) -> None:
-    """Evaluates a checkpoint on the test set; writes its test.json, pictures and page.
+    """Evaluates a checkpoint on its test images; writes its test.json, pictures and page.
+
+    On other images, and of an unfinished run, all that goes beside them: test-NAME.json, and
+    pictures and page in a folder test-NAME/.
 
     Args:
         path: the checkpoint.
@@ -132,10 +136,11 @@ def evaluate_checkpoint(
         saved: what else it holds.
         device: the model's.
         results_dir: where the run's folder is.
-        data_dir: see `test_split`.
-        pictures: see `test_split`.
+        data_dir: see `images_to_evaluate`.
+        pictures: see `images_to_evaluate`.
         predictions_path: a CSV to write, a row for each test image.
-        tta: see `engine.views`.
+        tta: see `engine.views`; the CSV holds the average over these views.
+        records_views: whether the report says its accuracy too; otherwise an earlier one stays.
         batch_size: images of 32x32 pixels at a time.
 
     Raises:
@@ -143,14 +148,16 @@ def evaluate_checkpoint(
     """
     run_dir = results_dir / Path(saved["name"]).name  # whatever a foreign file says
     digest = sha256(path)
+    unfinished = saved.get("unfinished", "")
     with processes.agreed():
         earlier = processes.from_first(read_json(run_dir / "test.json"))
-        if earlier.get("checkpoint_sha256", digest) != digest:
+        if not unfinished and earlier.get("checkpoint_sha256", digest) != digest:
             raise UnusableInput(
                 f"{run_dir}/ holds the results of another checkpoint than {printable(path)}: give "
                 "--results-dir"
             )
-        splits = test_split(saved, data_dir, pictures, device, scratch=path)
+        asked = images_to_evaluate(saved, data_dir, pictures, device, scratch=path)
+    splits = asked.splits
     temperature = saved["metrics"].get("temperature")
     side = saved.get("image_size", 32)
     report, logits, averaged = evaluate(model, splits, side, temperature, tta, batch_size)
@@ -158,26 +165,51 @@ def evaluate_checkpoint(
         return
     report["name"] = saved["name"]
     report["checkpoint_sha256"] = digest
-    if report["top1_tta"] is None and earlier.get("top1_tta") is not None:  # of the same weights
-        report["tta"] = earlier["tta"]
-        report["top1_tta"] = earlier["top1_tta"]
+    if not records_views:
+        report["tta"] = "none"
+        report["top1_tta"] = None
+    notes = [note for note in (unfinished, asked.note) if note]
+    if notes:
+        report["note"] = "; ".join(notes)
+        suffix = []
+        if unfinished:
+            suffix.append("unfinished")
+        if asked.note:
+            place = pictures or Path(saved["config"]["pictures"])
+            suffix.append(place.resolve().name or "pictures")
+        page_dir = run_dir / "-".join(["test", *suffix])
+        report_path = run_dir / f"{page_dir.name}.json"
+    else:
+        page_dir = run_dir
+        report_path = run_dir / "test.json"
+        if report["top1_tta"] is None and earlier.get("top1_tta") is not None:
+            report["tta"] = earlier["tta"]  # of the same weights
+            report["top1_tta"] = earlier["top1_tta"]
     if not (run_dir / "config.json").exists():
         described = {key: saved[key] for key in provenance.REPEATED if key in saved}
         write_json(run_dir / "config.json", described)
-    write_json(run_dir / "test.json", report)
+    write_json(report_path, report)
     if predictions_path:
         labels = splits.test.labels.tolist()
-        predictions.write(predictions_path, labels, averaged, temperature, splits.classes, tta)
-    print(f"{printable(path)}\n{summary(report)}\n", flush=True)
+        predictions.write_test(
+            predictions_path, labels, averaged, temperature, splits.classes, tta, asked.files
+        )
+    print(printable(path))
+    for note in notes:
+        print(note)
+    print(f"{summary(report)}\n", flush=True)
+    if notes:
+        print(f"written to {printable(report_path)} and {printable(page_dir)}/")
     rows = history.read(run_dir / "history.csv")
-    draw(run_dir, saved, model, splits, logits, temperature, rows)
+    draw(page_dir, saved, model, splits, logits, temperature, rows)
     content = saved | {
-        "status": "finished",
+        "status": "unfinished" if unfinished else "finished",
+        "note": report.get("note"),
         "updated": time.time(),
         "history": rows,
         "report": report,
     }
-    best_effort(pages.write, run_dir, content)
+    best_effort(pages.write, page_dir, content)
 
 
 def draw_batch(path: Path, name: str, batches: TrainBatches, splits: Splits) -> None:

@@ -25,7 +25,7 @@ from errors import printable
 from storage.files import tell, write_atomically
 
 os.environ["MPLBACKEND"] = "agg"  # a notebook's that is not installed would stop the next line
-from matplotlib import font_manager, style
+from matplotlib import colormaps, font_manager, style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ft2font import FT2Font
@@ -241,20 +241,22 @@ def _mosaic(tiles: np.ndarray) -> np.ndarray:
 
 
 def predictions(rows: Sequence[tuple], path: Path, title: str, calibrated: bool = True) -> None:
-    """A person's own pictures: as given, as the network saw them, and the likeliest classes.
+    """A person's own pictures: as given, as the network saw them, what decided, likeliest classes.
 
-    `rows` are (name, thumbnail (H, W, 3) uint8, square (S, S, 3) uint8, [(class, probability), ...]
-    with the likeliest first). Where the probabilities are not `calibrated`, the picture says so.
+    `rows` are (name, thumbnail (H, W, 3) uint8, square (S, S, 3) uint8, heat map (h, w) in [0, 1],
+    [(class, probability), ...] with the likeliest first). Where the probabilities are not
+    `calibrated`, the picture says so.
     """
-    names = [short(name, 32) for name, _, _, _ in rows]
-    tops = [[(short(text), share) for text, share in top] for _, _, _, top in rows]
+    names = [short(name, 32) for name, *_ in rows]
+    tops = [[(short(text), share) for text, share in top] for *_, top in rows]
     drawn = [*names, *(text for top in tops for text, _ in top)]
-    with drawing(path, 8, 0.9 + 1.45 * len(rows), title, drawn) as figure:
-        grid = figure.subplots(len(rows), 3, squeeze=False, width_ratios=(3, 3, 5))
-        for number, (_, given, seen, _) in enumerate(rows):
-            left, middle, right = grid[number]
+    with drawing(path, 10, 0.9 + 1.45 * len(rows), title, drawn) as figure:
+        grid = figure.subplots(len(rows), 4, squeeze=False, width_ratios=(3, 3, 3, 5))
+        for number, (_, given, seen, heat, top) in enumerate(rows):
+            left, middle, decided, right = grid[number]
             _show(left, given, "as given")
             _show(middle, seen, f"the {len(seen)}x{len(seen)} pixels it saw")
+            _show(decided, _heated(seen, heat), f"what spoke for {short(top[0][0], 14)}")
             classes = [text for text, _ in tops[number]]
             shares = [share for _, share in tops[number]]
             right.set_title(names[number], fontsize=9, loc="left")
@@ -265,6 +267,16 @@ def predictions(rows: Sequence[tuple], path: Path, title: str, calibrated: bool 
             right.spines[["top", "right", "bottom"]].set_visible(False)
         if not calibrated:
             figure.supxlabel("probabilities are not calibrated", fontsize=9)
+
+
+def _heated(picture: Pixels, heat: Pixels) -> np.ndarray:
+    """A picture (S, S, 3) uint8 in grey under a heat map (h, w), from dark blue 0 to yellow 1."""
+    height, width = heat.shape
+    rows = np.arange(height) * len(picture) // height
+    columns = np.arange(width) * picture.shape[1] // width
+    grey = np.asarray(picture)[rows][:, columns].mean(-1, keepdims=True) / 255
+    colours = colormaps["cividis"](np.asarray(heat))[..., :3]  # the same to colour-blind readers
+    return 0.4 * grey + 0.6 * colours
 
 
 def calibration(

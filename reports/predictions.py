@@ -1,12 +1,13 @@
 """What a trained network takes pictures for: on the screen, as a CSV and as a figure."""
 
 import csv
+import glob
 import io
-import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -14,11 +15,16 @@ from data import ChannelStats, inputs
 from engine import predict
 from errors import UnusableInput, printable
 from reports import figures
+from reports.export import stored_side
+from reports.heat_map import heat_maps
 from reports.picture_list import as_text
 from sources import pictures
+from sources.picture_folder import read_all
 from storage.files import write_atomically
 
 MOST_DRAWN = 50  # pictures in one figure
+WILDCARDS = set("*?[")
+AT_ONCE = 500  # pictures that are read before the network is asked
 
 
 def probabilities(logits: Tensor, temperature: float | None) -> Tensor:
@@ -26,15 +32,62 @@ def probabilities(logits: Tensor, temperature: float | None) -> Tensor:
     return (logits.double() / (temperature or 1.0)).softmax(1)
 
 
-def write(
+class Table:
+    """A CSV of predictions: of whom, true class where known, predicted class, probabilities.
+
+    Args:
+        classes: C names.
+        tta: the views that are averaged over, as `engine.views` names them.
+        temperature: fitted on the validation split; None where there was none.
+        first: heading of the column that says which picture a row is of.
+        with_truth: whether the true class is known.
+    """
+
+    def __init__(
+        self,
+        classes: Sequence[str],
+        tta: str,
+        temperature: float | None,
+        *,
+        first: str,
+        with_truth: bool,
+    ):
+        self.names = [as_text(name) for name in classes]
+        self.tta = tta
+        self.calibrated = "no" if temperature is None else "yes"
+        self.text = io.StringIO()
+        self.rows = csv.writer(self.text, lineterminator="\n")
+        true = ["true"] if with_truth else []
+        self.rows.writerow([first, *true, "predicted", "views", "calibrated", *self.names])
+
+    def add(self, picture: str | int, label: int | None, shares: Tensor) -> None:
+        """Adds a row.
+
+        Args:
+            picture: which it is.
+            label: its true class; None in a table without.
+            shares: (C,) probabilities.
+        """
+        true = [] if label is None else [self.names[label]]
+        predicted = self.names[int(shares.argmax())]
+        values = [f"{value:.6f}" for value in shares.tolist()]
+        self.rows.writerow([picture, *true, predicted, self.tta, self.calibrated, *values])
+
+    def write(self, path: Path) -> None:
+        """Writes the rows so far."""
+        write_atomically(path, self.text.getvalue())
+
+
+def write_test(
     path: Path,
     labels: Sequence[int],
     logits: Tensor,
     temperature: float | None,
     classes: Sequence[str],
     tta: str,
+    files: Sequence[str] | None,
 ) -> None:
-    """Writes a row for each test image: index, true and predicted class, views, probabilities.
+    """Writes a row for each test image.
 
     Args:
         path: the CSV.
@@ -43,17 +96,23 @@ def write(
         temperature: fitted on the validation split; None where there was none.
         classes: C names.
         tta: the views, as `engine.views` names them.
+        files: N names; None where the images are known by their place in the test split alone.
     """
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    names = [as_text(name) for name in classes]
-    table.writerow(["index", "true", "predicted", "views", *names])
+    first = "index" if files is None else "file"
+    table = Table(classes, tta, temperature, first=first, with_truth=True)
+    shares = probabilities(logits, temperature)
     for index, label in enumerate(labels):
-        values = probabilities(logits[index : index + 1], temperature)[0]
-        predicted = names[int(values.argmax())]
-        shares = [f"{value:.6f}" for value in values.tolist()]
-        table.writerow([index, names[label], predicted, tta, *shares])
-    write_atomically(path, text.getvalue())
+        picture = index if files is None else _cell(files[index])
+        table.add(picture, label, shares[index])
+    table.write(path)
+
+
+class Classified(NamedTuple):
+    """A picture with what the network takes it for."""
+
+    file: Path
+    seen: np.ndarray  # (S, S, 3) uint8
+    shares: Tensor  # (C,) probabilities
 
 
 def classify(
@@ -62,71 +121,109 @@ def classify(
     paths: list[Path],
     tta: str,
     figure: Path | None,
+    table_path: Path | None,
+    batch_size: int,
 ) -> None:
-    """Prints the three likeliest classes of each picture, and draws them where asked.
+    """Prints the three likeliest classes of each picture; draws and lists them where asked.
 
     Args:
         model: on its device.
         saved: what its checkpoint says of it.
-        paths: pictures, and folders that are searched for them.
+        paths: pictures, folders that are searched for them, and wildcards.
         tta: see `engine.views`.
         figure: the PNG to draw them into.
+        table_path: the CSV to list them in.
+        batch_size: images of 32x32 pixels at a time.
 
     Raises:
-        UnusableInput: some pictures could not be read; the others have been printed.
+        UnusableInput: some pictures could not be read; the others have been classified.
     """
-    files = list(pictures.find(paths))
+    files = list(pictures.find(expanded(paths)))
     if not files:
         given = " ".join(printable(path) for path in paths)
         raise UnusableInput(f"--predict {given}: no pictures there; give files or their folder")
-    names = [printable(file.name) for file in files]
-    if len(set(names)) < len(names):
-        names = [printable(file) for file in files]
-    width = min(max(len(name) for name in names), 40)
-    seen_side = saved.get("data", {}).get("image_shape", [32])[0]
-    fit = saved["config"].get("fit", "crop")
+    names = {file: printable(file.name) for file in files}
+    if len(set(names.values())) < len(names):
+        names = {file: printable(file) for file in files}
+    width = min(max(len(name) for name in names.values()), 40)
     temperature = saved["metrics"].get("temperature")
-    print(_heading(tta, temperature), flush=True)
-    num_unreadable = 0
-    shown = []
-    for name, file in zip(names, files, strict=True):
-        try:
-            seen = pictures.load(file, seen_side, fit)
-        except UnusableInput as error:
-            print(f"error: {error}", file=sys.stderr)
-            num_unreadable += 1
-            continue
-        logits = _logits(model, seen, saved, tta)
-        likely = _likeliest(probabilities(logits, temperature)[0], saved["classes"])
+    print(_heading(saved, tta), flush=True)
+    table = Table(saved["classes"], tta, temperature, first="file", with_truth=False)
+    num_classified = 0
+    drawn = []
+    for each in _classified(model, saved, files, tta, batch_size):
+        num_classified += 1
+        likely = _likeliest(each.shares, saved["classes"])
         guesses = ", ".join(f"{label} {100 * value:.1f} %" for label, value in likely)
-        print(f"{name:<{width}}  {guesses}", flush=True)
-        if figure and len(shown) < MOST_DRAWN:
-            shown.append((name, pictures.load(file, 224, fit), seen, likely))
-    if shown:
-        figures.predictions(shown, figure, saved["name"], calibrated=temperature is not None)
-        print(f"drawn in {printable(figure)}: {len(shown)} of {len(files)}")
-    if num_unreadable:
+        print(f"{names[each.file]:<{width}}  {guesses}", flush=True)
+        table.add(_cell(str(each.file)), None, each.shares)
+        if figure and len(drawn) < MOST_DRAWN:
+            given = pictures.load(each.file, 224, saved["config"].get("fit", "crop"))
+            heat = _heat(model, saved, each)
+            drawn.append((names[each.file], given, each.seen, heat, likely))
+    if drawn:
+        figures.predictions(drawn, figure, saved["name"], calibrated=temperature is not None)
+        print(f"drawn in {printable(figure)}: {len(drawn)} of {len(files)}")
+    if table_path and num_classified:
+        table.write(table_path)
+        print(f"listed in {printable(table_path)}: {num_classified} of {len(files)}")
+    if num_classified < len(files):
         raise UnusableInput(
-            f"{num_unreadable} of {len(files)} pictures could not be read, named above: leave them "
-            "out"
+            f"{len(files) - num_classified} of {len(files)} pictures could not be read, named "
+            "above: leave them out"
         )
 
 
-def _heading(tta: str, temperature: float | None) -> str:
+def expanded(paths: Iterable[Path]) -> list[Path]:
+    """Paths with the files that wildcards stand for, which the shell of Windows leaves as typed."""
+    found = []
+    for path in paths:
+        matches = []
+        if set(str(path)) & WILDCARDS and not path.exists():
+            matches = [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
+        found += matches or [path]
+    return found
+
+
+def _classified(
+    model: nn.Module, saved: dict[str, Any], files: list[Path], tta: str, batch_size: int
+) -> Iterator[Classified]:
+    """Asks the network about many pictures at a time, in order; unreadable ones are named."""
+    stats = ChannelStats(tuple(saved["mean"]), tuple(saved["std"]))
+    side = saved.get("image_size", 32)
+    device = next(model.parameters()).device
+    fit = saved["config"].get("fit", "crop")
+    for begin in range(0, len(files), AT_ONCE):
+        some = files[begin : begin + AT_ONCE]
+        read = read_all(some, stored_side(saved), fit, Path("predict"))
+        readable = [row for row, digest in enumerate(read.hashes) if digest != ""]
+        if not readable:
+            continue
+        images = torch.from_numpy(read.squares[readable]).to(device)
+        _, averaged = predict(model, inputs(images, stats, side, batch_size), tta=tta)
+        shares = probabilities(averaged, saved["metrics"].get("temperature"))
+        for row, its_shares in zip(readable, shares, strict=True):
+            yield Classified(some[row], read.squares[row], its_shares)
+
+
+def _heat(model: nn.Module, saved: dict[str, Any], picture: Classified) -> Tensor:
+    """Where the network found the likeliest class, (S, S) in [0, 1]."""
+    stats = ChannelStats(tuple(saved["mean"]), tuple(saved["std"]))
+    device = next(model.parameters()).device
+    images = torch.from_numpy(picture.seen)[None].to(device)
+    (x,) = inputs(images, stats, saved.get("image_size", 32))
+    return heat_maps(model, x, picture.shares.argmax()[None].to(device))[0]
+
+
+def _heading(saved: dict[str, Any], tta: str) -> str:
     """Says how the probabilities that follow were made."""
     views = "each picture as it is" if tta == "none" else f"averaged over views ({tta})"
-    if temperature is None:
-        return f"probabilities: {views}, not calibrated (too few validation images)"
-    return f"probabilities: {views}, calibrated on validation images"
-
-
-def _logits(model: nn.Module, seen: Any, saved: dict[str, Any], tta: str) -> Tensor:
-    """Logits (1, C) of one picture (S, S, 3) uint8, averaged over the views."""
-    device = next(model.parameters()).device
-    images = torch.from_numpy(seen)[None].to(device)
-    stats = ChannelStats(tuple(saved["mean"]), tuple(saved["std"]))
-    _, averaged = predict(model, inputs(images, stats, saved.get("image_size", 32)), tta=tta)
-    return averaged
+    calibrated = "calibrated on validation images"
+    if saved["metrics"].get("temperature") is None:
+        calibrated = "not calibrated (too few validation images)"
+    if saved.get("unfinished"):
+        calibrated = f"not calibrated ({saved['unfinished']})"
+    return f"probabilities: {views}, {calibrated}"
 
 
 def _likeliest(shares: Tensor, classes: Sequence[str]) -> list[tuple[str, float]]:
@@ -134,3 +231,8 @@ def _likeliest(shares: Tensor, classes: Sequence[str]) -> list[tuple[str, float]
     top = shares.topk(min(3, len(classes)))
     names = [printable(classes[index]) for index in top.indices.tolist()]
     return list(zip(names, top.values.tolist(), strict=True))
+
+
+def _cell(name: str) -> str:
+    """A file's name as a cell: as it is, unless it holds what does not print."""
+    return as_text(name if name.isprintable() else printable(name))

@@ -90,6 +90,9 @@ def describe(
         "splits": sizes,
         "parameters": num_parameters(model),
         "date": date.today().isoformat(),
+        "classes": list(splits.classes),
+        "mean": list(splits.stats.mean),
+        "std": list(splits.stats.std),
     }
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from data import Arrays, ChannelStats, Split, Splits
+from data import Arrays, ChannelStats, Split, Splits, first_of_all
 from errors import UnusableInput, printable
 from sources import picture_folder
 from sources.cifar10 import cifar10
@@ -46,12 +46,10 @@ def test_split(
         labels = np.array([saved["classes"].index(name) for name in names], np.int64)
     elif folder:
         arrays = _given_test(saved, place or Path(folder), scratch)
-        images = arrays.test_images[:limit]
-        labels = arrays.test_labels[:limit]
+        images, labels = _limited(arrays, limit)
     else:
         arrays = cifar10(data_dir)
-        images = arrays.test_images[:limit]
-        labels = arrays.test_labels[:limit].astype(np.int64)
+        images, labels = _limited(arrays, limit)
         if list(arrays.classes) != saved["classes"]:
             raise UnusableInput(
                 f"{saved['name']} knows other classes than CIFAR-10: name the pictures it was "
@@ -60,6 +58,15 @@ def test_split(
     split = Split(torch.from_numpy(images).to(device), torch.from_numpy(labels).to(device))
     stats = ChannelStats(tuple(saved["mean"]), tuple(saved["std"]))
     return Splits(tuple(saved["classes"]), stats, None, None, split)
+
+
+def _limited(arrays: Arrays, limit: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """The test images, and their labels, as `make_splits` would limit them."""
+    labels = arrays.test_labels.astype(np.int64)
+    if limit is None:
+        return arrays.test_images, labels
+    rows = first_of_all(labels, limit)
+    return arrays.test_images[rows], labels[rows]
 
 
 def _given_test(saved: dict[str, Any], place: Path, scratch: Path) -> Arrays:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,14 +10,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from config.settings import Settings, sizes
+from config.settings import SMALLEST_BATCH, Settings, sizes
 from data import Augmentation, Splits, TrainBatches, inputs, make_splits
 from errors import UnusableInput, printable
 from runtime import launch, processes
 from runtime.device import choose_precision
 from sources import imagenet
 from sources.cifar10 import cifar10
-from sources.known_pictures import Known, changes, known
+from sources.known_pictures import BEFORE, Known, changes, known
 from sources.picture_folder import Picture, folder, print_paragraph
 from storage import checkpoint
 from storage.files import sha256
@@ -61,10 +61,13 @@ def load_splits(
             labels=settings.labels,
         )
         pictures = {split: those[: settings.limit] for split, those in pictures.items()}
+        if settings.weights:
+            trained = _trained_before(Path(settings.weights))
+            _check_not_trained(settings.weights, trained, pictures["test"])
+            if trained:
+                pictures[BEFORE] = trained
         if state:
             _check_same_pictures(settings.pictures, state.get("pictures"), known(pictures))
-        elif settings.weights:
-            _check_not_trained(Path(settings.weights), known(pictures)["test"])
     else:
         arrays = cifar10(settings.data_dir)
         source = {"source": "CIFAR-10"}
@@ -77,10 +80,14 @@ def load_splits(
         device=device,
     )
     size = len(splits.train.labels)
+    if size < SMALLEST_BATCH:
+        raise UnusableInput(
+            f"{size} training images: at least {SMALLEST_BATCH} are needed; add pictures"
+        )
     if settings.batch_size > size:
         raise UnusableInput(
-            f"--batch-size {settings.batch_size}: there are {size} training images; take a "
-            "smaller batch"
+            f"--batch-size {settings.batch_size}: there are {size} training images; take at most "
+            f"{size}"
         )
     unbalanced = _unbalanced_line(splits, settings.balance)
     if unbalanced:
@@ -118,15 +125,22 @@ def _check_same_pictures(folder: Path, before: Known | None, now: Known) -> None
         raise UnusableInput(f"--resume with --pictures {printable(folder)}: {changed}; {remedy}")
 
 
-def _check_not_trained(weights: Path, test: Collection[str]) -> None:
-    """Refuses to begin from a checkpoint that was trained on pictures kept for the test."""
+def _trained_before(weights: Path) -> list[Picture]:
+    """The pictures that trained a checkpoint, and those that trained what it began from."""
     if not weights.is_file() or not checkpoint.is_checkpoint(weights):
-        return
+        return []
     _, content = checkpoint.load_checkpoint(weights)
-    trained = content.get("pictures", {}).get("train", {}).keys() & set(test)
-    if trained:
+    used = content.get("pictures") or {}
+    trained = used.get(BEFORE, {}) | used.get("train", {})
+    return [Picture("", name, digest) for digest, name in trained.items()]
+
+
+def _check_not_trained(weights: str, trained: list[Picture], test: list[Picture]) -> None:
+    """Refuses to begin from a checkpoint that was trained on pictures kept for the test."""
+    num_seen = len({picture.hash for picture in trained} & {picture.hash for picture in test})
+    if num_seen:
         raise UnusableInput(
-            f"--weights {printable(weights)}: {len(trained):,} of the {len(test):,} test pictures "
+            f"--weights {printable(weights)}: {num_seen:,} of the {len(test):,} test pictures "
             "trained it; take the --seed of that training, or a folder with a test/ of its own"
         )
 

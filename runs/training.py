@@ -277,6 +277,7 @@ class Training:
             return True
         state = {
             "config": self.described["config"],
+            "described": self.described,
             "precision": self.precision,
             "identity": provenance.identity(self.described),
             "pictures": known(self.pictures) if self.pictures else None,

@@ -12,6 +12,8 @@ from sources.picture_layout import class_name, split_of
 from sources.pictures import has_picture_ending, search
 from storage.files import sha256
 
+# Beside "train", "val" and "test": what trained the network that a training began from.
+BEFORE = "before"
 Known = dict[str, dict[str, str]]  # of "train", "val", "test" the hashes, each with its class
 
 
@@ -70,7 +72,9 @@ def find_test(
     files = found + others
     with ThreadPoolExecutor() as pool:
         digests = list(pool.map(_hash, files))
-    places = dict(zip(digests, files, strict=True))
+    places: dict[str, Path] = {}
+    for digest, file in zip(digests, files, strict=True):
+        places.setdefault(digest, file)  # of copies the first
     test = pictures["test"]
     present = [digest for digest in test if digest in places]
     images, read, _ = read_all([places[digest] for digest in present], side, fit, scratch)
@@ -99,10 +103,11 @@ def find_test(
         for digest, file in zip(digests, files, strict=True)
         if _in_test(file.relative_to(folder)) and has_picture_ending(file) and digest not in test
     }
+    trained = pictures["train"].keys() | pictures.get(BEFORE, {}).keys()
     if more:
         lines.append(
             f"in test/, but no test pictures of the training: {len(more):,}, of which "
-            f"{len(more & pictures['train'].keys()):,} trained the network; they do not count"
+            f"{len(more & trained):,} trained the network; they do not count"
         )
     say([f"{name}: {line}" for line in lines])
     return images, [test[digest] for digest in present]

@@ -216,6 +216,7 @@ def print_paragraph(text: str, indent: str = "") -> None:
             initial_indent=indent,
             subsequent_indent="    ",
             break_on_hyphens=False,
+            break_long_words=False,
         ),
         flush=True,
     )

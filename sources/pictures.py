@@ -43,6 +43,9 @@ _ON_ITS_SIDE = (
     Image.Transpose.TRANSVERSE,
     Image.Transpose.ROTATE_90,
 )
+# Old programs write an alpha channel of zeros into these where they have none.
+_ALPHA_OF_ZEROS = ("BMP", "DIB", "TGA", "ICO", "CUR")
+_PNG_DEPTH = 24  # byte of a PNG that says how many bits a sample has
 _WHITE_IS_ZERO = 0  # a value of TIFF's tag 262, PhotometricInterpretation
 _BROKEN = (  # what Pillow's decoders raise for damaged files
     OSError,
@@ -180,6 +183,8 @@ def _decode(content: bytes, side: int, fit: str) -> tuple[np.ndarray, tuple[int,
         image.load()
         profile = image.info.get("icc_profile")
         turn = _turn(image)
+        if image.format == "PNG":
+            _scale_transparency(image, num_bits=content[_PNG_DEPTH])
         if image.mode == "F" or image.mode.startswith("I"):
             image = _stretched(image)
         elif image.has_transparency_data:
@@ -221,12 +226,27 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
     return None
 
 
+def _scale_transparency(image: Image.Image, num_bits: int) -> None:
+    """Brings the transparent colour of a PNG to 8 bits, as Pillow has brought its samples.
+
+    Args:
+        image: its `info` is changed in place.
+        num_bits: of a sample in the file.
+    """
+    clear = image.info.get("transparency")
+    if image.mode == "RGB" and num_bits == 16 and isinstance(clear, tuple):
+        image.info["transparency"] = tuple(value >> 8 for value in clear)
+    elif image.mode == "L" and num_bits < 8 and isinstance(clear, int):
+        image.info["transparency"] = clear * 255 // (2**num_bits - 1)
+
+
 def _stretched(image: Image.Image) -> Image.Image:
-    """Brings values of more than 8 bits to 0..255; NaN is black, infinity white."""
+    """Brings values of more than 8 bits to 0..255; NaN is black, infinity and clear are white."""
     values = np.asarray(image).astype(np.float64)
-    finite = values[np.isfinite(values)]
+    is_clear = values == image.info.get("transparency", np.nan)
+    finite = values[np.isfinite(values) & ~is_clear]
     if not finite.size:
-        raise ValueError("none of its values is a finite number")
+        raise ValueError("none of its values is a finite number that shows")
     low = finite.min()
     span = finite.max() - low
     values = np.nan_to_num(values.clip(low, finite.max()), nan=low) - low
@@ -234,14 +254,15 @@ def _stretched(image: Image.Image) -> Image.Image:
         values *= 255 / span
     if getattr(image, "tag_v2", {}).get(262) == _WHITE_IS_ZERO:
         values = 255 - values
+    values[is_clear] = 255
     return Image.fromarray(np.rint(values).astype(np.uint8))
 
 
 def _on_white(image: Image.Image) -> Image.Image:
     grey = image.mode in ("1", "L", "LA")
+    may_lack_alpha = image.format in _ALPHA_OF_ZEROS
     image = image.convert("RGBA")
-    # Some programs write an alpha channel of zeros where they have none.
-    if image.getchannel("A").getextrema() != (0, 0):
+    if not may_lack_alpha or image.getchannel("A").getextrema() != (0, 0):
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("L" if grey else "RGB")
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import data
 from errors import UnusableInput, printable
+from metrics import MIN_CALIBRATION
 from models import create_model
 from storage.files import FULL, Unreadable, check_zip, previous, write_atomically
 
@@ -131,7 +132,44 @@ def load_checkpoint(
             if key not in content:
                 raise Unreadable(f"it lacks {key!r}")
         network = _rebuilt(content, content.pop("state_dict"))
+    num_val = content.get("splits", {}).get("val", MIN_CALIBRATION)
+    if num_val < MIN_CALIBRATION:  # older versions fitted it on however few images
+        content["metrics"]["temperature"] = None
     # The checkpoint that comes with the clone holds its weights in half the bits.
+    network.to(device, torch.float32, memory_format=torch.channels_last)
+    return network.eval(), content
+
+
+def load_unfinished(
+    path: str | Path, device: torch.device | str = "cpu"
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Rebuilds the network of a run that has not finished, as its saved state holds it.
+
+    Returns:
+        What `load_checkpoint` returns of a finished one, without metrics, and in the content under
+        `unfinished` how far the run has come, in words.
+
+    Raises:
+        UnusableInput: there is no such file, or it is no state whose network can be rebuilt.
+        MemoryError, OSError: reading failed, which says nothing of the file.
+    """
+    path = Path(path)
+    with refused(path, "state of an unfinished run", "that train_custom.py or finetune.py wrote"):
+        state = load(path)
+        for key in STATE:
+            if key not in state:
+                raise Unreadable(f"it lacks {key!r}")
+        if "described" not in state:
+            raise Unreadable("an older version wrote it: finish its run with --resume")
+        content = {**state["described"], "pictures": state["pictures"], "metrics": {}}
+        done = f"{state['epoch']} of {content['config']['epochs']} epochs"
+        if state["step"]:
+            done += f" and {state['step']} steps"
+        content["unfinished"] = f"an unfinished run, after {done}"
+        num_kept = sum(tensor.numel() for tensor in state["model"].values())
+        if num_kept < content["parameters"]["total"]:  # of a frozen part whose output was kept
+            raise Unreadable("it lacks the layers that do not train: finish its run with --resume")
+        network = _rebuilt(content, state["model"])
     network.to(device, torch.float32, memory_format=torch.channels_last)
     return network.eval(), content
 

@@ -77,16 +77,25 @@ def test_split_is_stratified_seeded_and_disjoint(sample):
 
 def test_limit_takes_the_first_images_of_each_split_and_statistics_are_those_of_training(sample):
     arrays = data.Arrays(tuple("abcdefghij"), *sample.values())
-    options = {"limit": 20, "seed": 0, "device": CPU}
+    options = {"limit": 30, "seed": 0, "device": CPU}
     splits = data.make_splits(arrays, val_fraction=0.1, **options)
-    assert [len(s.labels) for s in splits[2:]] == [20, 20, 20]
-    assert np.array_equal(splits.test.images.numpy(), sample["test_images"][:20])
+    assert [len(s.labels) for s in splits[2:]] == [30, 30, 30]
+    assert np.array_equal(splits.test.images.numpy(), sample["test_images"][:30])
     assert splits.stats == data.channel_stats(splits.train.images.numpy())
     assert data.make_splits(arrays, val_fraction=0.0, **options).val is None
     brought = arrays._replace(val_images=sample["test_images"], val_labels=sample["test_labels"])
     splits = data.make_splits(brought, val_fraction=0.1, **options)
-    assert np.array_equal(splits.train.images.numpy(), sample["train_images"][:20])
-    assert np.array_equal(splits.val.images.numpy(), sample["test_images"][:20])
+    assert np.array_equal(splits.train.images.numpy(), sample["train_images"][:30])
+    assert np.array_equal(splits.val.images.numpy(), sample["test_images"][:30])
+
+
+@pytest.mark.parametrize("limit", [4, 10, 12, 20])
+def test_a_limit_leaves_no_class_out_that_could_be_there(sample, limit):
+    arrays = data.Arrays(tuple("abcdefghij"), *sample.values())
+    splits = data.make_splits(arrays, val_fraction=0.1, limit=limit, seed=0, device=CPU)
+    for split in splits[2:]:
+        assert len(split.labels) == limit
+        assert len(split.labels.unique()) == min(limit, 10)
 
 
 @pytest.mark.parametrize("batch_size", [7, 48, 319, 320])

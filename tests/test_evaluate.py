@@ -1,6 +1,7 @@
 import csv
 import json
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -14,14 +15,21 @@ import metrics
 import models
 from config import recipes
 from engine import predict
+from reports import predictions
+from reports.heat_map import heat_maps
 from storage import checkpoint
-from storage.files import write_json
+from storage.files import sha256, write_json
 
 REPORT = Path("results/custom_cnn/test.json")
 
 
 def report(path=REPORT):
     return json.loads(Path(path).read_text())
+
+
+def table(path):
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
 
 @pytest.fixture(scope="module")
@@ -92,10 +100,13 @@ def test_own_pictures_are_classified_and_an_unreadable_one_is_named(run, refused
         Path("photos").mkdir(exist_ok=True)
         image.save(f"photos/{index}.jpg")
     Path("photos/\x1b[31m\nbroken.png").write_text("no picture")
-    done = run("evaluate", trained, "--predict", "photos", "--figure", "seen.png")
+    done = run(
+        "evaluate", trained, "--predict", "photos", "--figure", "seen.png", "--predictions", "p.csv"
+    )
     heading, *lines = done.out.splitlines()
     assert heading.startswith("probabilities: averaged over views (flip), not calibrated")
-    assert [line.split()[0] for line in lines] == ["0.jpg", "1.jpg", "drawn"]
+    assert [line.split()[0] for line in lines] == ["0.jpg", "1.jpg", "drawn", "listed"]
+    assert [row["file"] for row in table("p.csv")] == ["photos/0.jpg", "photos/1.jpg"]
     assert all(line.count("%") == 3 for line in lines[:2])
     assert (done.code, done.err.count("\n")) == (2, 2)
     assert "broken.png" in done.err
@@ -104,6 +115,27 @@ def test_own_pictures_are_classified_and_an_unreadable_one_is_named(run, refused
     with Image.open("seen.png") as image:
         assert image.width > 300
     assert "no pictures there" in refused("evaluate", trained, "--predict", "checkpoints")
+
+
+def test_many_pictures_are_classified_at_once_and_listed_in_order(
+    run, trained, sample, monkeypatch
+):
+    monkeypatch.setattr(predictions, "AT_ONCE", 32)  # so that 80 take three rounds
+    Path("photos").mkdir()
+    for index, image in enumerate(sample["test_images"]):
+        Image.fromarray(image).save(f"photos/{index:02}.png")
+    Path("photos/note.txt").write_text("no picture")
+    # Quoted, as where no shell expands it.
+    asked = run("evaluate", trained, "--predict", "photos/*.png", "--predictions", "asked.csv")
+    assert asked.code == 0
+    assert run("evaluate", trained, "--predictions", "tested.csv").code == 0
+    rows = table("asked.csv")
+    assert list(rows[0])[:4] == ["file", "predicted", "views", "calibrated"]
+    assert [row.pop("file") for row in rows] == [f"photos/{index:02}.png" for index in range(80)]
+    tested = table("tested.csv")
+    for row in tested:  # the same pictures
+        del row["index"], row["true"]
+    assert rows == tested
 
 
 def test_class_names_of_a_foreign_checkpoint_do_not_reach_the_terminal_raw(
@@ -121,10 +153,13 @@ def test_class_names_of_a_foreign_checkpoint_do_not_reach_the_terminal_raw(
 
 
 def test_predictions_are_a_row_for_each_test_image_with_probabilities(run, trained, sample):
+    before = report()
     assert run("evaluate", trained, "--predictions", "p.csv").code == 0
-    with open("p.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
+    # The views of the list are not those of the report: its accuracy over six views stays.
+    assert [report()[key] for key in ("tta", "top1_tta")] == ["crops", before["top1_tta"]]
+    rows = table("p.csv")
     right = sum(row["true"] == row["predicted"] for row in rows) / len(rows)
+    assert run("evaluate", trained, "--tta", "flip").code == 0
     assert right == pytest.approx(report()["top1_tta"])
     assert {row["views"] for row in rows} == {"flip"}
     classes = checkpoint.load(trained)["classes"]
@@ -194,3 +229,111 @@ def test_a_network_trained_without_mirror_images_is_never_asked_about_them(run, 
     # Who asks for mirror images gets them: half of each answer is then about the other side.
     assert run("evaluate", "checkpoints/custom_cnn.pt", "--tta", "flip").code == 0
     assert report()["top1_tta"] < 0.8
+
+
+@pytest.fixture
+def of_sides(run, sides):
+    """The checkpoint of a run that has learned from `sides`."""
+    settings = "--pictures", sides, "--epochs", "1", "--batch-size", "16", "--flip", "none"
+    assert run("train_custom", "--recipe", "classic", *settings).code == 0
+    return Path("checkpoints/custom_cnn.pt")
+
+
+def picture(path, seed):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 255, (16, 16, 3), np.uint8)
+    Image.fromarray(pixels).save(path)
+
+
+def test_another_labelled_folder_is_evaluated_beside_the_runs_own_test(
+    run, refused, of_sides, sides
+):
+    own = REPORT.read_bytes()
+    for number in range(6):
+        picture(Path(f"new/left/{number}.png"), number)
+    shutil.copy("new/left/0.png", "new/left/copy.png")
+    known = checkpoint.load(of_sides)["pictures"]
+    by_hash = {sha256(file)[:16]: file for file in sides.rglob("*.png")}
+    trained = [by_hash[digest] for digest in known["train"]][:3]
+    for number, file in enumerate([*trained, by_hash[next(iter(known["val"]))]]):
+        shutil.copy(file, f"new/left/known{number}.png")
+
+    done = run("evaluate", of_sides, "--pictures", "new", "--predictions", "p.csv")
+    assert done.code == 0
+    assert "on 6 labelled pictures in new, none of them of its training" in done.out
+    assert "left out: 3 trained the network, 1 validated it, 1 copies" in done.err
+    assert (report("results/custom_cnn/test-new.json")["n"], REPORT.read_bytes()) == (6, own)
+    assert "labelled pictures in new" in Path("results/custom_cnn/test-new/index.html").read_text()
+    assert sorted(row["file"] for row in table("p.csv")) == [f"left/{n}.png" for n in range(6)]
+    assert {row["true"] for row in table("p.csv")} == {"left"}
+
+    picture(Path("new/up/0.png"), 9)
+    error = refused("evaluate", of_sides, "--pictures", "new")
+    assert "does not know the class up; it knows left, right" in error
+    assert "nor folders of its classes" in refused("evaluate", of_sides, "--pictures", "data")
+
+
+def test_a_part_of_the_test_pictures_is_evaluated_beside_the_whole(run, of_sides, sides):
+    assert run("evaluate", of_sides, "--predictions", "all.csv").code == 0
+    rows = table("all.csv")
+    assert {row["file"].split("/")[0] for row in rows} == {"left", "right"}
+    assert all(row["file"].startswith(row["true"]) for row in rows)
+    shutil.move(sides, "moved")
+    Path("moved", rows[0]["file"]).unlink()
+    own = REPORT.read_bytes()
+    done = run("evaluate", of_sides, "--pictures", "moved", "--predictions", "part.csv")
+    assert f"on {len(rows) - 1} of the {len(rows)} test images" in done.out
+    assert report("results/custom_cnn/test-moved.json")["n"] == len(rows) - 1
+    assert REPORT.read_bytes() == own
+    assert table("part.csv") == rows[1:]
+
+
+def test_an_unfinished_run_is_evaluated_when_named_and_says_so(run, refused, signal_at):
+    signal_at(4, signal.SIGTERM)
+    assert run(*SMALL).code == 128 + signal.SIGTERM
+    state = Path("checkpoints/custom_cnn.resume.pt")
+    before = state.read_bytes()
+    done = run("evaluate", state)
+    assert done.code == 0
+    assert "an unfinished run, after 0 of 1 epochs and 3 steps" in done.out
+    written = report("results/custom_cnn/test-unfinished.json")
+    assert (written["n"], written["note"]) == (
+        80,
+        "an unfinished run, after 0 of 1 epochs and 3 steps",
+    )
+    page = Path("results/custom_cnn/test-unfinished/index.html").read_text()
+    assert "an unfinished run, after 0 of 1 epochs" in page
+    assert not REPORT.exists()
+    assert state.read_bytes() == before
+    assert "no finished checkpoint" in refused("evaluate")
+    network, saved = checkpoint.load_unfinished(state)
+    weights = checkpoint.load(state)["model"]
+    assert all(torch.equal(value, weights[key]) for key, value in network.state_dict().items())
+    assert saved["classes"][0] == "airplane"
+    checkpoint.save(state, checkpoint.load(state) | {"model": {}})  # as where all are frozen
+    assert "lacks the layers that do not train" in refused("evaluate", state)
+
+
+@pytest.mark.parametrize(
+    "arch", ["custom_cnn", "vgg19", "resnet18", "resnet50", "mobilenet_v3_small"]
+)
+def test_a_heat_map_is_bright_where_the_maps_speak_for_the_class(arch):
+    torch.manual_seed(0)
+    arguments = {"widths": (4, 4, 8, 8, 8, 8)} if arch == "custom_cnn" else {"image_size": 64}
+    model = models.create_model(arch, arguments, 3).eval()
+    pooling = model.pool if arch == "custom_cnn" else model.network.avgpool
+    # In the maps one place alone, the upper left, is not 0.
+    pooling.register_forward_pre_hook(lambda _, inputs: (first_place(inputs[0]),))
+    x = torch.randn(2, 3, 64, 64)
+    classes = model(x).argmax(1)
+    heat = heat_maps(model, x, classes)
+    assert heat.shape == (2, 64, 64)
+    assert heat.amax((1, 2)).tolist() == [1, 1]
+    assert (heat[:, :4, :4] > 0.9).all()
+    assert (heat[:, 48:, 48:] == 0).all()
+
+
+def first_place(maps):
+    kept = torch.zeros_like(maps)
+    kept[:, :, 0, 0] = 1
+    return maps * 0 + kept

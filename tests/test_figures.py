@@ -162,11 +162,17 @@ def test_first_layer_shows_every_filter_grey_where_it_is_zero(tmp_path):
 @pytest.mark.parametrize("number", [1, 3])
 def test_predictions_have_a_row_for_each_picture(tmp_path, number):
     top = [("cat", 0.98), (ODD_NAME, 0.015), ("dog", 0.005)]
-    rows = [(ODD_NAME, IMAGES[0].repeat(4, 1), IMAGES[1], top)] * number
+    heat = torch.zeros(64, 64)
+    heat[:32] = 1
+    rows = [(ODD_NAME, IMAGES[0].repeat(4, 1), np.zeros_like(IMAGES[1]), heat, top)] * number
     figures.predictions(rows, tmp_path / "predictions.png", "a run")
     array = pixels(tmp_path / "predictions.png")
     assert array.shape[0] == pytest.approx(120 * (0.9 + 1.45 * number), abs=1)
     assert count(array, figures.BLUE) > 3000 * number
+    # On a black picture the heat alone is seen: as much of its highest as of its lowest colour.
+    high = count(array, "#988B21")
+    assert high == pytest.approx(count(array, "#00142E"), rel=0.1)
+    assert high > 4000 * number
 
 
 @pytest.mark.parametrize("temperature", [None, 2.0])
@@ -232,7 +238,7 @@ def test_a_class_name_that_matplotlibs_font_lacks_is_drawn_in_an_installed_font(
 
 def test_probabilities_that_are_not_calibrated_say_so(tmp_path):
     wrong = 0.9 * torch.eye(10)[LABELS[:2]].roll(1, 1) + 0.01
-    rows = [("a.png", IMAGES[0], IMAGES[1], [("cat", 0.9)])]
+    rows = [("a.png", IMAGES[0], IMAGES[1], torch.zeros(8, 8), [("cat", 0.9)])]
     for calibrated in (True, False):
         path = tmp_path / f"mistakes-{calibrated}.png"
         figures.mistakes(IMAGES[:2], LABELS[:2], wrong, CLASSES, path, "a run", calibrated)

@@ -84,7 +84,7 @@ def test_what_is_transparent_is_white(tmp_path, kind):
     assert result[16:].min() == 255
 
 
-@pytest.mark.parametrize("kind", ["TGA", "ICO", "PNG"])
+@pytest.mark.parametrize("kind", ["TGA", "ICO", "BMP"])
 def test_alpha_of_zeros_everywhere_is_no_transparency(tmp_path, kind):
     options = {"sizes": [(32, 32)]} if kind == "ICO" else {}
     image = np.dstack([COLOURS, np.zeros((32, 32), np.uint8)])
@@ -1006,7 +1006,12 @@ def test_what_is_missing_or_moved_is_said_and_what_trained_never_counts(after, r
         "noise: in test/, but no test pictures of the training: 5, of which 3 trained the network; "
         "they do not count",
     ]
-    assert report()["n"] == 10
+    assert report()["n"] == 12  # the run's own report stays; this one lies beside it
+    beside = json.loads(Path("results/custom_cnn/test-noise.json").read_text(encoding="utf-8"))
+    assert (beside["n"], beside["note"]) == (
+        10,
+        "on 10 of the 12 test images: the others are missing",
+    )
     shutil.rmtree(after / "noise" / "test")
     for path in (*test[3:], wrong / "wrong.png"):
         path.unlink()
@@ -1180,3 +1185,32 @@ def test_a_training_whose_pictures_do_not_fit_into_memory_ends_in_the_same_bits(
     assert "12 pictures of 16 px: 0 MB in a file in checkpoints/" in done.out
     assert report("mapped") == before
     assert os.name == "nt" or not list(Path("checkpoints").glob(".*"))
+
+
+@pytest.mark.parametrize(
+    ("num_bits", "colour_type", "samples", "clear"),
+    [
+        (4, 0, bytes([0x5F]), b"\x00\x05"),  # two greys, 5 of 15 is clear
+        (16, 0, b"\x10\x00\x80\x00", b"\x10\x00"),
+        (16, 2, b"\x12\x34" * 3 + b"\x80\x00" * 3, b"\x12\x34" * 3),
+    ],
+)
+def test_the_transparent_colour_of_any_png_is_white(
+    tmp_path, num_bits, colour_type, samples, clear
+):
+    def chunk(kind, body):
+        checksum = zlib.crc32(kind + body)
+        return len(body).to_bytes(4, "big") + kind + body + checksum.to_bytes(4, "big")
+
+    size = struct.pack(">IIBBBBB", 2, 1, num_bits, colour_type, 0, 0, 0)
+    rows = zlib.compress(b"\x00" + samples)
+    path = tmp_path / "clear.png"
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", size)
+        + chunk(b"tRNS", clear)
+        + chunk(b"IDAT", rows)
+        + chunk(b"IEND", b"")
+    )
+    square = pictures.load(path, 2, "squash")
+    assert (square[:, 0] > 250).all()

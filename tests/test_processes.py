@@ -406,7 +406,7 @@ def test_only_the_first_process_prints_and_writes(reference):
 def test_unusable_input_is_said_once_and_ends_all_with_exit_code_2(reference):
     folder, _, err = reference
     assert [did(folder, "refuse", rank)["code"] for rank in (0, 1)] == [2, 2]
-    said = "error: --batch-size 5000: there are 308 training images; take a smaller batch\n"
+    said = "error: --batch-size 5000: there are 308 training images; take at most 308\n"
     assert err.startswith(said)
     assert err.count(said) == 1
 

@@ -1,0 +1,187 @@
+"""Which images a checkpoint is evaluated on: those of its own test, or a labelled folder."""
+
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from data import ChannelStats, Split, Splits
+from errors import UnusableInput, printable
+from reports.export import stored_side
+from reports.test_images import test_split
+from sources.known_pictures import BEFORE
+from sources.picture_folder import HASH_DIGITS, read_all, say
+from sources.picture_layout import class_name
+from sources.pictures import HIDDEN, search
+from storage.files import sha256
+
+MOST_NAMED = 10  # classes in a message
+
+
+class ToEvaluate(NamedTuple):
+    """Images to evaluate on.
+
+    Attributes:
+        splits: they are its test split.
+        files: their N names below their folder; None where they have none.
+        note: what they are, where that is not the whole test split of the training; else empty.
+    """
+
+    splits: Splits
+    files: list[str] | None
+    note: str
+
+
+def images_to_evaluate(
+    saved: dict[str, Any],
+    data_dir: Path,
+    place: Path | None,
+    device: torch.device,
+    scratch: Path,
+) -> ToEvaluate:
+    """The test images of the training; or a labelled folder that holds none of them.
+
+    Args:
+        saved: what the checkpoint says of itself.
+        data_dir: where CIFAR-10 is kept.
+        place: where the pictures lie; None for where those of the training lay.
+        device: where the tensors are put.
+        scratch: see `runtime.memory.allocate`.
+
+    Raises:
+        UnusableInput: `test_split` refuses, or the folder has not the classes of the training.
+    """
+    known = saved.get("pictures") or {}
+    folder = saved["config"].get("pictures")
+    if place is None and not known:
+        return ToEvaluate(test_split(saved, data_dir, None, device, scratch), None, "")
+    if folder and not known:  # of an older version, which did not note its pictures
+        return ToEvaluate(test_split(saved, data_dir, place, device, scratch), None, "")
+    where = place or Path(folder)
+    if not where.is_dir():
+        raise UnusableInput(f"{printable(where)}: no such folder; give --pictures one that is")
+    files = _by_hash(where)
+    test = known.get("test", {})
+    found = [files[digest] for digest in test if digest in files]
+    if place and not found:
+        return _labelled(saved, place, device, scratch)
+    splits = test_split(saved, data_dir, place, device, scratch)
+    num_images = len(splits.test.labels)
+    names = None
+    if len(found) == num_images:  # else one could not be read, and nothing says which
+        names = [file.relative_to(where).as_posix() for file in found]
+    note = ""
+    if num_images < len(test):
+        note = f"on {num_images:,} of the {len(test):,} test images: the others are missing"
+    return ToEvaluate(splits, names, note)
+
+
+def _by_hash(folder: Path) -> dict[str, Path]:
+    """The files in a folder by the first digits of their hashes."""
+    pictures, others = search(folder)
+    files = pictures + others
+    with ThreadPoolExecutor() as pool:
+        digests = list(pool.map(_hash, files))
+    places: dict[str, Path] = {}
+    for digest, file in zip(digests, files, strict=True):
+        places.setdefault(digest, file)  # of copies the first
+    return places
+
+
+def _hash(file: Path) -> str:
+    try:
+        return sha256(file)[:HASH_DIGITS]
+    except OSError:  # a link to nothing, or not ours to read
+        return ""
+
+
+def _labelled(
+    saved: dict[str, Any], place: Path, device: torch.device, scratch: Path
+) -> ToEvaluate:
+    """A folder that holds a folder per class; what trained the network is left out."""
+    name = printable(place)
+    files = []
+    labels = []
+    for file, label in _files_by_class(saved, place):
+        files.append(file)
+        labels.append(label)
+    fit = saved["config"].get("fit", "crop")
+    read = read_all(files, stored_side(saved), fit, scratch)
+    rows = _usable(name, read.hashes, labels, saved.get("pictures") or {})
+    if not rows:
+        raise UnusableInput(f"--pictures {name}: no picture is left to evaluate on; give others")
+    split = Split(
+        torch.from_numpy(read.squares[rows]).to(device),
+        torch.tensor([labels[row] for row in rows], device=device),
+    )
+    stats = ChannelStats(tuple(saved["mean"]), tuple(saved["std"]))
+    splits = Splits(tuple(saved["classes"]), stats, None, None, split)
+    names = [files[row].relative_to(place).as_posix() for row in rows]
+    note = f"on {len(rows):,} labelled pictures in {name}, none of them of its training"
+    if not saved.get("pictures"):
+        note = f"on {len(rows):,} labelled pictures in {name}, not on its own test images"
+    return ToEvaluate(splits, names, note)
+
+
+def _files_by_class(saved: dict[str, Any], place: Path) -> list[tuple[Path, int]]:
+    """The pictures in the folders of the classes, each with its label."""
+    name = printable(place)
+    classes = saved["classes"]
+    known = ", ".join(printable(each) for each in classes[:MOST_NAMED])
+    if len(classes) > MOST_NAMED:
+        known += f" and {len(classes) - MOST_NAMED:,} more"
+    found = []
+    unknown = []
+    for folder in sorted(place.iterdir()):
+        if not folder.is_dir() or folder.name.startswith(HIDDEN):
+            continue
+        if class_name(folder.name) in classes:
+            label = classes.index(class_name(folder.name))
+            found += [(file, label) for file in search(folder)[0]]
+        else:
+            unknown.append(folder.name)
+    if unknown:
+        raise UnusableInput(
+            f"--pictures {name}: the network does not know the class {printable(unknown[0])}; it "
+            f"knows {known}; give a folder that holds folders of these alone"
+        )
+    if not found:
+        raise UnusableInput(
+            f"--pictures {name}: holds neither test pictures of the training nor folders of its "
+            f"classes with pictures; put them into folders called {known}"
+        )
+    return found
+
+
+def _usable(
+    name: str,
+    digests: list[str],
+    labels: list[int],
+    known: Mapping[str, Mapping[str, str]],
+) -> list[int]:
+    """The rows to evaluate on: of copies the first, and what the training did not use."""
+    labels_of: dict[str, set[int]] = {}
+    for digest, label in zip(digests, labels, strict=True):
+        labels_of.setdefault(digest, set()).add(label)
+    left_out = dict.fromkeys(("trained the network", "validated it", "copies", "in two classes"), 0)
+    rows: dict[str, int] = {}
+    for row, digest in enumerate(digests):
+        short = digest[:HASH_DIGITS]
+        if digest == "":  # unreadable, and named
+            continue
+        if short in known.get("train", {}) or short in known.get(BEFORE, {}):
+            left_out["trained the network"] += 1
+        elif short in known.get("val", {}):
+            left_out["validated it"] += 1
+        elif len(labels_of[digest]) > 1:
+            left_out["in two classes"] += 1
+        elif digest in rows:
+            left_out["copies"] += 1
+        else:
+            rows[digest] = row
+    counts = [f"{count:,} {why}" for why, count in left_out.items() if count]
+    if counts:
+        say([f"{name}: left out: {', '.join(counts)}"])
+    return list(rows.values())
