@@ -83,6 +83,7 @@ def train(settings: CustomSettings, command: str) -> None:
     with run.claim(settings, "custom_cnn", command) as claimed:
         # Data
         splits, source, pictures = loading.load_splits(settings, claimed.device, claimed.state)
+        settings = loading.settled(settings, len(splits.train.labels))
         side = settings.image_size or 32
         batches = loading.train_batches(settings, splits, side)
         prepare()

@@ -1,7 +1,6 @@
 """What a run begins from: the data its settings name, and the weights."""
 
 import dataclasses
-import math
 from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from config import recipes
 from config.settings import Settings, sizes
 from data import Augmentation, Splits, TrainBatches, inputs, make_splits
 from errors import UnusableInput, printable
@@ -21,8 +21,6 @@ from sources.known_pictures import Known, changes, known
 from sources.picture_folder import Picture, folder
 from storage import checkpoint
 from storage.files import sha256
-
-FEW_STEPS = 150  # of a training on few pictures
 
 
 @processes.agreed()
@@ -41,8 +39,7 @@ def load_splits(
         in their order, None for CIFAR-10.
 
     Raises:
-        UnusableInput: they cannot be had, or have changed since the run began; or the batch is
-            larger than the training split.
+        UnusableInput: they cannot be had, or have changed since the run began.
     """
     if settings.pictures:
         arrays, pictures, source = folder(
@@ -67,18 +64,32 @@ def load_splits(
         seed=settings.seed,
         device=device,
     )
-    size = len(splits.train.labels)
-    if settings.batch_size > size:
-        raise UnusableInput(
-            f"--batch-size {settings.batch_size}: there are {size} training images; take a "
-            "smaller batch"
-        )
-    num_steps = settings.epochs * math.ceil(size / settings.batch_size)
-    if num_steps < FEW_STEPS and not settings.limit and launch.RANK == 0:
-        epochs = math.ceil(FEW_STEPS / math.ceil(size / 32))
-        print(f"{num_steps} steps are few to learn in: try --batch-size 32 --epochs {epochs}")
     shape = list(splits.train.images.shape[1:3])  # (H, W)
     return splits, source | {"image_shape": shape, "classes": len(splits.classes)}, pictures
+
+
+def settled(settings: recipes.AnySettings, num_images: int) -> recipes.AnySettings:
+    """The settings, those among them that follow from the number of training images, and says so.
+
+    Args:
+        settings: of the run.
+        num_images: of the training split.
+
+    Raises:
+        UnusableInput: the batch is larger than the training split.
+    """
+    chosen = recipes.by_number(settings, num_images)
+    if chosen.batch_size > num_images:
+        raise UnusableInput(
+            f"--batch-size {chosen.batch_size}: there are {num_images} training images; take a "
+            "smaller batch, or more images"
+        )
+    if chosen != settings:
+        print(
+            f"{num_images:,} training images: batches of {chosen.batch_size}, "
+            f"{chosen.epochs} epochs (--batch-size, --epochs)"
+        )
+    return chosen
 
 
 def _check_same_pictures(folder: Path, before: Known | None, now: Known) -> None:
