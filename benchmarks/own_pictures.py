@@ -124,13 +124,15 @@ def main() -> None:
     data = cifar10(args.data_dir)
     figures: dict[str, Any] = {"flags": args.flags, "cases": {}}
     for name in args.cases:
+        rows = figures["cases"][name] = []
         with tempfile.TemporaryDirectory() as place:
             pictures = Path(place) / "pictures"
             write_case(pictures, CASES[name], data)
-            rows = [fine_tune(pictures, Path(place), args.flags, seed) for seed in args.seeds]
+            for seed in args.seeds:
+                rows.append(fine_tune(pictures, Path(place), args.flags, seed))
+                common.write(args, figures)
         accuracy = common.mean_and_spread([100 * row["top1"] for row in rows])
         print(f"{name}: {accuracy} %", flush=True)
-        figures["cases"][name] = rows
     if args.many:
         with tempfile.TemporaryDirectory() as place:
             images = data.train_images
