@@ -120,15 +120,15 @@ BY_NUMBER = ("epochs", "batch_size")
 
 
 class _LeastWork(NamedTuple):
-    """What learning takes, however few the images are."""
+    """What a training takes, however few its images are."""
 
     num_steps: int  # of the whole training
-    batch_size: int  # from smaller ones BatchNorm learns a scale too rough
+    batch_size: int  # BatchNorm's mean and variance over fewer images are rough
 
 
 FINE_TUNED = _LeastWork(num_steps=240, batch_size=16)
-UNTRAINED = _LeastWork(num_steps=1000, batch_size=32)
-STEPS_OF_AN_EPOCH = 60  # where smaller batches give them
+UNTRAINED = _LeastWork(num_steps=1000, batch_size=32)  # a guess: it was not searched
+STEPS_OF_AN_EPOCH = 60  # about so many are aimed at, between the least batch and the usual one
 
 AnySettings = TypeVar("AnySettings", bound=Settings)
 
