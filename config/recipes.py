@@ -126,7 +126,7 @@ class _LeastWork(NamedTuple):
     batch_size: int  # BatchNorm's mean and variance over fewer images are rough
 
 
-FINE_TUNED = _LeastWork(num_steps=240, batch_size=16)
+FINE_TUNED = _LeastWork(num_steps=150, batch_size=32)
 UNTRAINED = _LeastWork(num_steps=1000, batch_size=32)  # a guess: it was not searched
 STEPS_OF_AN_EPOCH = 60  # about so many are aimed at, between the least batch and the usual one
 
