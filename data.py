@@ -171,14 +171,11 @@ class Augmentation:
         translate: moves by up to that many 32nds of the image's side and reflects the border.
         cutout: side of a blanked square, 32nds of the image's (DeVries and Taylor 2017,
             arXiv:1708.04552); of CIFAR-10's images both are pixels.
-        zoom: cuts a window out of the image and enlarges it to the image's size; up to that share
-            of the area is lost (Inception's random resized crops, arXiv:1409.4842).
     """
 
     flip: str = "none"
     translate: int = 0
     cutout: int = 0
-    zoom: float = 0.0
 
 
 def pixels(share: int, side: int) -> int:
@@ -192,7 +189,6 @@ class Draws(NamedTuple):
     chosen: Tensor  # (N,) int64 index of the image
     flipped: Tensor  # (N,) bool
     shifts: Tensor  # (N, 2) int64, pixels down and right
-    windows: Tensor  # (N, 4) float, see `zoomed`
     corners: Tensor  # (N, 2) int64, upper left of the blanked square
 
     def rows(self, index: Tensor) -> "Draws":
@@ -317,8 +313,6 @@ class TrainBatches:
         images, labels = self.split
         draws = draws.to(labels.device)
         x = normalize(gather(images, draws.chosen, draws.flipped, draws.shifts), self.stats)
-        if self.augmentation.zoom:
-            x = zoomed(x, draws.windows)
         if self.hole:
             x = erase(x, draws.corners, self.hole)
         return resize(x, side), labels[draws.chosen]
@@ -342,8 +336,7 @@ class TrainBatches:
         rows = torch.randint(nearest, height, (count,), generator=stream)
         columns = torch.randint(nearest, width, (count,), generator=stream)
         corners = torch.stack([rows, columns], 1)
-        windows = random_windows(torch.rand(count, 4, generator=stream), self.augmentation.zoom)
-        return Draws(chosen, flipped, shifts, windows, corners)
+        return Draws(chosen, flipped, shifts, corners)
 
 
 def gather(images: Tensor, chosen: Tensor, flipped: Tensor, shifts: Tensor) -> Tensor:
@@ -366,40 +359,6 @@ def gather(images: Tensor, chosen: Tensor, flipped: Tensor, shifts: Tensor) -> T
     columns = torch.where(flipped[:, None], width - 1 - columns, columns)
     flat = (chosen[:, None, None] * height + rows[:, :, None]) * width + columns[:, None, :]
     return images.reshape(-1, images.shape[3])[flat]
-
-
-def random_windows(uniform: Tensor, zoom: float) -> Tensor:
-    """Windows for `zoomed`, (N, 4), out of numbers (N, 4) between 0 and 1.
-
-    A window has at least 1 - `zoom` of the image's area and is up to e^0.25 times as wide as high
-    or as high as wide, before what is wider or higher than the image is cut off; it lies anywhere
-    within the image.
-    """
-    area = 1 - zoom * uniform[:, :1]
-    aspect = torch.exp(0.5 * uniform[:, 1:2] - 0.25)
-    sizes = torch.cat([area * aspect, area / aspect], 1).sqrt().clamp(max=1)
-    centres = (2 * uniform[:, 2:] - 1) * (1 - sizes)
-    return torch.cat([sizes, centres], 1)
-
-
-def zoomed(x: Tensor, windows: Tensor) -> Tensor:
-    """Cuts a window out of each image and enlarges it to the image's size, bilinear.
-
-    Args:
-        x: (B, 3, H, W) float.
-        windows: (B, 4) width and height as shares of the image's, and the centre from the left
-            (-1) to the right (1) and from the top (-1) to the bottom (1).
-
-    Returns:
-        (B, 3, H, W), channels_last in memory.
-    """
-    affine = torch.zeros(len(x), 2, 3, device=x.device)
-    affine[:, 0, 0] = windows[:, 0]
-    affine[:, 1, 1] = windows[:, 1]
-    affine[:, :, 2] = windows[:, 2:]
-    grid = F.affine_grid(affine, list(x.shape), align_corners=False)
-    x = F.grid_sample(x, grid, padding_mode="border", align_corners=False)
-    return x.contiguous(memory_format=torch.channels_last)
 
 
 def erase(x: Tensor, corners: Tensor, side: int) -> Tensor:

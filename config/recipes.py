@@ -28,7 +28,6 @@ _RECIPES: dict[str, tuple] = {
     "flip":               ("random",    "alternating", "alternating", "alternating"),
     "translate":          (0,           4,             2,          4),
     "cutout":             (0,           8,             0,          12),
-    "zoom":               (0.0,         0.0,           0.0,        0.0),
     "small_first":        ("",          "0.5:24",      "0.5:24",   "0.5:24"),
     "val_fraction":       (0.04,        0.02,          0.02,       0.02),
 }  # fmt: skip
@@ -70,7 +69,6 @@ _FINE_TUNING: dict[str, Any] = {
     "flip": "alternating",
     "translate": 0,
     "cutout": 0,
-    "zoom": 0.0,
     "val_fraction": 0.04,
 }
 # What changes with the part that trains: moved images have no output that could be kept.
@@ -110,10 +108,6 @@ BY_NETWORK = {
 }
 # Nothing to keep, more to learn.
 FROM_SCRATCH: dict[str, Any] = {"unfreeze": "all", "stage_lr_scale": 1.0, "epochs": 10}
-
-# Few pictures are soon learned by heart; enlarged windows of them are not. Chosen on validation
-# pictures of 300 of ten classes, where it wins one or two per cent.
-OWN_ZOOM = 0.6
 
 # Settings whose default follows from the number of training images where these are one's own.
 BY_NUMBER = ("epochs", "batch_size")
@@ -170,11 +164,11 @@ def finetune(given: dict[str, Any]) -> FineTuneSettings:
         UnusableInput: see `Settings`; or images are to be moved whose output is to be kept.
     """
     chosen = FineTuneSettings(**_finetune_defaults(given) | _unsettled(given) | given)
-    changes_input = chosen.translate or chosen.cutout or chosen.zoom or chosen.small_first
+    changes_input = chosen.translate or chosen.cutout or chosen.small_first
     if chosen.cached and changes_input:
         raise UnusableInput(
-            "--translate, --cutout, --zoom and --small-first change the input of the frozen part, "
-            "whose output is kept: add --no-cache, or leave them out"
+            "--translate, --cutout and --small-first change the input of the frozen part, whose "
+            "output is kept: add --no-cache, or leave them out"
         )
     return chosen
 
@@ -187,8 +181,6 @@ def _finetune_defaults(given: dict[str, Any]) -> dict[str, Any]:
     part = given.get("unfreeze", defaults["unfreeze"])
     if part != usual:
         defaults |= BY_PART.get(part, {})
-    if given.get("pictures") and part in ("most", "all"):
-        defaults["zoom"] = OWN_ZOOM
     return defaults
 
 

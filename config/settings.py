@@ -116,14 +116,6 @@ class Settings:
     cutout: int = setting(
         None, LOOK, "blank a square of so many 32nds of an image's side", at_least=0, below=33
     )
-    zoom: float = setting(
-        None,
-        LOOK,
-        "enlarge a random window of an image, up to this share of the area is cut away",
-        at_least=0,
-        below=1,
-        own="0.6 where most or all trains",
-    )
     small_first: str = setting(
         None,
         LOOK,

@@ -22,7 +22,6 @@ ABSENT = {
     "schedule": "cosine",
     "batchnorm_momentum": 0.1,
     "muon_lr": 0.0,
-    "zoom": 0.0,
     "pictures": None,
     "image_size": None,
     "weights": None,

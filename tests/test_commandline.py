@@ -75,8 +75,6 @@ def test_help_shows_every_default_and_those_of_each_recipe_and_network(kind, tab
         (finetune, "--unfreeze last", {"epochs": 5, "translate": 0}),
         (finetune, "--arch mobilenet_v3_small", {"unfreeze": "all"}),
         (finetune, "--arch vgg19 --unfreeze all", {"epochs": 10, "translate": 2}),
-        (finetune, "--pictures p", {"unfreeze": "most", "zoom": 0.6, "epochs": None}),
-        (finetune, "--pictures p --unfreeze last", {"zoom": 0.0}),
         (finetune, "--weights none", {"unfreeze": "all", "epochs": 10, "stage_lr_scale": 1.0}),
         (finetune, "--weights none --epochs 4", {"unfreeze": "all", "epochs": 4}),
         (finetune, "--weights none --unfreeze head", {"unfreeze": "head"}),
