@@ -89,6 +89,7 @@ def train(settings: FineTuneSettings, command: str) -> None:
         splits, source, pictures = loading.load_splits(
             settings, device, claimed.checkpoint_path, claimed.state
         )
+        settings = loading.settled(settings, len(splits.train.labels))
         splits = splits._replace(stats=IMAGENET_STATS)
         batches = loading.train_batches(settings, splits, settings.image_size)
         validation = loading.validation(splits, settings.image_size)

@@ -85,6 +85,7 @@ def train(settings: CustomSettings, command: str) -> None:
         splits, source, pictures = loading.load_splits(
             settings, claimed.device, claimed.checkpoint_path, claimed.state
         )
+        settings = loading.settled(settings, len(splits.train.labels))
         side = settings.image_size or 32
         batches = loading.train_batches(settings, splits, side)
         prepare()

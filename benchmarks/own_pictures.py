@@ -1,34 +1,61 @@
-"""Pictures of one's own: how soon a training on many of them starts, and what a few are enough for.
+"""Pictures of one's own: what a few are enough for, and how soon a training on many of them starts.
 
-Both folders are written out of CIFAR-10 first. Many: photographs of 640x480 pixels, about 100 KB as
-JPEG; measured from the command to the first step. Few: PNG files of 32x32, as many of each class;
-measured is the whole command, and the accuracy on 1,000 test images in a folder of their own.
+The folders are written out of CIFAR-10 first. Few: PNG files, as many of a class as the case says,
+and test images in a folder of their own; measured is `finetune.py`, the whole command without flags
+that fit it to the case. Many: photographs of 640x480 pixels, about 100 KB as JPEG; measured from
+the command to the first step.
 """
 
 import json
+import resource
+import subprocess
 import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import numpy as np
 from PIL import Image
 
-import finetune
 from benchmarks import common, memory
+from data import Arrays
 from sources.cifar10 import CLASSES, cifar10
 
 
-def write_small(folder: Path, images: np.ndarray, labels: np.ndarray) -> None:
-    """Writes each of the images (N, 32, 32, 3) as a numbered PNG in a folder per class."""
-    for number, (image, label) in enumerate(zip(images, labels, strict=True)):
-        path = folder / CLASSES[label] / f"{number:05}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image).save(path)
+class Case(NamedTuple):
+    """A set of pictures: of each class the first of CIFAR-10's training and test images."""
+
+    counts: dict[str, int]  # training images of a class
+    num_test: int  # of each class
+    side: int = 32  # pixels
+
+
+CASES = {
+    "30 a class": Case(dict.fromkeys(CLASSES, 30), 100),
+    "200 a class, 96 pixels": Case(dict.fromkeys(CLASSES, 200), 200, side=96),
+    "cats and dogs, 100 each": Case({"cat": 100, "dog": 100}, 500),
+    "cats and dogs, 200 and 10": Case({"cat": 200, "dog": 10}, 500),
+}
+
+
+def write_case(folder: Path, case: Case, data: Arrays) -> None:
+    """Writes `train/` and `test/` of a case, numbered PNG files in a folder per class."""
+    for name, count in case.counts.items():
+        label = CLASSES.index(name)
+        train = data.train_images[data.train_labels == label][:count]
+        test = data.test_images[data.test_labels == label][: case.num_test]
+        for split, images in (("train", train), ("test", test)):
+            place = folder / split / name
+            place.mkdir(parents=True)
+            for number, values in enumerate(images):
+                image = Image.fromarray(values)
+                if case.side != 32:
+                    image = image.resize((case.side, case.side), Image.Resampling.BICUBIC)
+                image.save(place / f"{number:05}.png")
 
 
 def write_photographs(folder: Path, images: np.ndarray, labels: np.ndarray, count: int) -> int:
@@ -49,43 +76,70 @@ def write_photographs(folder: Path, images: np.ndarray, labels: np.ndarray, coun
         return sum(pool.map(one, range(count)))
 
 
-def few(folder: Path, flags: str) -> dict[str, Any]:
-    """Fine-tunes on the pictures of a folder; returns seconds and accuracies."""
-    places = f"--checkpoint-dir {folder}/c --results-dir {folder}/r --run-name few"
+def fine_tune(pictures: Path, folder: Path, flags: str, seed: int) -> dict[str, Any]:
+    """Fine-tunes on the pictures of a folder.
+
+    Args:
+        pictures: the folder.
+        folder: gets what the run leaves.
+        flags: of finetune.py.
+        seed: of the run.
+
+    Returns:
+        Seconds of the whole command, passed and of computing; what was chosen; accuracies.
+    """
+    places = f"--checkpoint-dir {folder}/c --results-dir {folder}/r --run-name s{seed}"
+    job = f"{memory.ROOT}/finetune.py --pictures {pictures} {places} --seed {seed} {flags}"
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     begin = time.perf_counter()
-    code = finetune.main(f"--pictures {folder}/few {places} {flags}".split())
-    if code:
-        raise SystemExit(code)
+    subprocess.run([sys.executable, *job.split()], check=True)
     seconds = time.perf_counter() - begin
-    found = json.loads((folder / "r/few/test.json").read_text(encoding="utf-8"))
-    return {"seconds": round(seconds, 1), "top1": found["top1"], "top1_tta": found["top1_tta"]}
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    computing = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    results = folder / "r" / f"s{seed}"
+    config = json.loads((results / "config.json").read_text(encoding="utf-8"))
+    found = json.loads((results / "test.json").read_text(encoding="utf-8"))
+    return {
+        "seed": seed,
+        "epochs": config["config"]["epochs"],
+        "batch_size": config["config"]["batch_size"],
+        "precision": config["precision"],
+        "training_images": config["splits"]["train"],
+        "seconds": round(seconds, 1),
+        "cpu_seconds": round(computing, 1),
+        "top1": found["top1"],
+        "top1_tta": found["top1_tta"],
+        "macro_f1": found["macro"]["f1"],
+    }
 
 
 def main() -> None:
     """The command line."""
     parser = common.parser(__file__, __doc__)
+    parser.add_argument("--cases", nargs="*", choices=CASES, default=list(CASES))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of each case")
     parser.add_argument("--many", type=int, default=20_000, help="photographs; 0 leaves them out")
-    parser.add_argument("--few", type=int, default=300, help="small pictures; 0 leaves them out")
-    parser.add_argument("--flags", default="--arch resnet18", help="of finetune.py, for both")
+    parser.add_argument("--flags", default="--arch resnet18", help="of finetune.py, for all")
     args = parser.parse_args()
     data = cifar10(args.data_dir)
-    figures: dict[str, Any] = {"flags": args.flags}
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        if args.many:
-            place = folder / "many"
-            size = write_photographs(place, data.train_images, data.train_labels, args.many)
+    figures: dict[str, Any] = {"flags": args.flags, "cases": {}}
+    for name in args.cases:
+        rows = figures["cases"][name] = []
+        with tempfile.TemporaryDirectory() as place:
+            pictures = Path(place) / "pictures"
+            write_case(pictures, CASES[name], data)
+            for seed in args.seeds:
+                rows.append(fine_tune(pictures, Path(place), args.flags, seed))
+                common.write(args, figures)
+        accuracy = common.mean_and_spread([100 * row["top1"] for row in rows])
+        print(f"{name}: {accuracy} %", flush=True)
+    if args.many:
+        with tempfile.TemporaryDirectory() as place:
+            images = data.train_images
+            size = write_photographs(Path(place), images, data.train_labels, args.many)
             job = f"finetune.py {args.flags} --limit 2000 --pictures {place}"
             found = memory.run(job, args.data_dir.resolve())
-            figures["many"] = {"pictures": args.many, "bytes": size, **found}
-        if args.few:
-            first = [np.flatnonzero(data.train_labels == c)[: args.few // 10] for c in range(10)]
-            chosen = np.concatenate(first)
-            place = folder / "few"
-            write_small(place / "train", data.train_images[chosen], data.train_labels[chosen])
-            write_small(place / "test", data.test_images[:1000], data.test_labels[:1000])
-            figures["few"] = {"pictures": len(chosen), **few(folder, args.flags)}
-    print(figures)
+        figures["many"] = {"pictures": args.many, "bytes": size, **found}
     common.write(args, figures)
 
 

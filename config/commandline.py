@@ -266,4 +266,6 @@ def _default(entry: dataclasses.Field, by_table: dict[str, Any]) -> str:
         return f" (default: {text(entry.default)})"
     usual = next(iter(by_table.values()))
     different = [f"{name} {text(value)}" for name, value in by_table.items() if value != usual]
+    if entry.metadata["own"]:
+        different.append(f"with --pictures {entry.metadata['own']}")
     return f" (default: {', '.join([text(usual), *different])})"

@@ -1,6 +1,8 @@
 """Every recipe and every pretrained network with its whole set of defaults, a column each."""
 
-from typing import Any
+import math
+from dataclasses import replace
+from typing import Any, NamedTuple, TypeVar
 
 from config.settings import WITHOUT_EFFECT, CustomSettings, FineTuneSettings, Settings, flag
 from errors import UnusableInput, printable
@@ -107,20 +109,41 @@ BY_NETWORK = {
 # Nothing to keep, more to learn.
 FROM_SCRATCH: dict[str, Any] = {"unfreeze": "all", "stage_lr_scale": 1.0, "epochs": 10}
 
+# Settings whose default follows from the number of training images where these are one's own.
+BY_NUMBER = ("epochs", "batch_size")
+
+
+class _LeastWork(NamedTuple):
+    """What a training takes, however few its images are."""
+
+    num_steps: int  # of the whole training
+    batch_size: int  # BatchNorm's mean and variance over fewer images are rough
+
+
+FINE_TUNED = _LeastWork(num_steps=150, batch_size=32)
+UNTRAINED = _LeastWork(num_steps=1000, batch_size=32)  # a guess: it was not searched
+STEPS_OF_AN_EPOCH = 60  # about so many are aimed at, between the least batch and the usual one
+
+AnySettings = TypeVar("AnySettings", bound=Settings)
+
 
 def custom(given: dict[str, Any]) -> CustomSettings:
     """The settings of a training from scratch: what was given, over the defaults.
 
     Those are the recipe's; where another optimiser is given than its own, what that one needs
-    replaces what belongs to the recipe's.
+    replaces what belongs to the recipe's. Of one's own pictures see `by_number`.
     """
+    return CustomSettings(**_custom_defaults(given) | _unsettled(given) | given)
+
+
+def _custom_defaults(given: dict[str, Any]) -> dict[str, Any]:
     defaults = _named(BY_RECIPE, given.get("recipe", CustomSettings.recipe))
     optimizer = given.get("optimizer", defaults["optimizer"])
     if optimizer != defaults["optimizer"]:  # an unknown one is refused by the settings
         defaults |= BY_OPTIMIZER.get(optimizer, {})
     if given.get("image_size", 32) != 32:  # the small sides are for that one
         defaults["small_first"] = ""
-    return CustomSettings(**defaults | given)
+    return defaults
 
 
 def help_on_optimizers() -> str:
@@ -135,17 +158,12 @@ def help_on_optimizers() -> str:
 def finetune(given: dict[str, Any]) -> FineTuneSettings:
     """The settings of a fine-tuning: what was given, over the network's defaults.
 
+    Of one's own pictures see `by_number`.
+
     Raises:
         UnusableInput: see `Settings`; or images are to be moved whose output is to be kept.
     """
-    defaults = _named(BY_NETWORK, given.get("arch", FineTuneSettings.arch))
-    usual = defaults["unfreeze"]
-    if given.get("weights") == "none":
-        defaults |= FROM_SCRATCH
-    part = given.get("unfreeze", defaults["unfreeze"])
-    if part != usual:
-        defaults |= BY_PART.get(part, {})
-    chosen = FineTuneSettings(**defaults | given)
+    chosen = FineTuneSettings(**_finetune_defaults(given) | _unsettled(given) | given)
     changes_input = chosen.translate or chosen.cutout or chosen.small_first
     if chosen.cached and changes_input:
         raise UnusableInput(
@@ -155,18 +173,72 @@ def finetune(given: dict[str, Any]) -> FineTuneSettings:
     return chosen
 
 
+def _finetune_defaults(given: dict[str, Any]) -> dict[str, Any]:
+    defaults = _named(BY_NETWORK, given.get("arch", FineTuneSettings.arch))
+    usual = defaults["unfreeze"]
+    if given.get("weights") == "none":
+        defaults |= FROM_SCRATCH
+    part = given.get("unfreeze", defaults["unfreeze"])
+    if part != usual:
+        defaults |= BY_PART.get(part, {})
+    return defaults
+
+
+def _unsettled(given: dict[str, Any]) -> dict[str, None]:
+    """What is not known before one's own pictures are counted."""
+    return dict.fromkeys(BY_NUMBER) if given.get("pictures") else {}
+
+
+def by_number(settings: AnySettings, num_images: int) -> AnySettings:
+    """Settles what follows from the number of training images, where no flag gave it.
+
+    Few images need smaller batches, or an epoch would have few steps, and more epochs, until the
+    training has the steps that learning takes. Neither is ever less work than on CIFAR-10: the
+    epochs are the recipe's or network's at least, the batches at most.
+
+    Args:
+        settings: of one's own pictures; others have nothing to be settled.
+        num_images: of the training split.
+    """
+    given = settings.plain()
+    if isinstance(settings, CustomSettings):
+        usual = _custom_defaults(given)
+        least = UNTRAINED
+    else:
+        usual = _finetune_defaults(given)
+        least = UNTRAINED if settings.weights == "none" else FINE_TUNED
+    batch_size = settings.batch_size
+    if batch_size is None:
+        fitting = 2 ** round(math.log2(num_images / STEPS_OF_AN_EPOCH))
+        most = max(min(usual["batch_size"], num_images), 4)  # four is the least there may be
+        batch_size = min(max(fitting, least.batch_size), most)
+    epochs = settings.epochs
+    if epochs is None:
+        num_steps = math.ceil(num_images / batch_size)
+        epochs = max(usual["epochs"], math.ceil(least.num_steps / num_steps))
+    return replace(settings, batch_size=batch_size, epochs=epochs)
+
+
 def _named(table: dict[str, dict[str, Any]], name: str) -> dict[str, Any]:
     if name not in table:
         raise UnusableInput(f"{printable(name)} is unknown: choose from {', '.join(table)}")
     return dict(table[name])
 
 
-def changed(settings: Settings) -> dict[str, Any]:
-    """What differs from the recipe's or network's defaults, files and names aside."""
+def changed(settings: Settings, num_images: int) -> dict[str, Any]:
+    """What differs from the recipe's or network's defaults, files and names aside.
+
+    Args:
+        settings: of a run.
+        num_images: of its training split, from which defaults may follow.
+    """
+    given = {"pictures": settings.pictures}
     if isinstance(settings, CustomSettings):
-        usual = custom({"recipe": settings.recipe}).plain()
+        defaults = custom(given | {"recipe": settings.recipe})
     else:
-        usual = finetune({"arch": settings.arch}).plain()
+        defaults = finetune(given | {"arch": settings.arch})
+    usual = by_number(defaults, num_images).plain()
+    usual["pictures"] = None
     ignored = {"run_name", "seed", "device", *WITHOUT_EFFECT}
     return {
         name: value

@@ -22,6 +22,7 @@ def setting(
     below: float = math.inf,
     choices: tuple[str, ...] = (),
     shown: str = "none",
+    own: str = "",
     affects_result: bool = True,
 ) -> Any:
     """One setting.
@@ -34,6 +35,7 @@ def setting(
         below: values are lower than this.
         choices: values, where they are few.
         shown: what `--help` says where the default is None.
+        own: what it says of the default with one's own pictures, where that is another.
         affects_result: whether another value may change a result.
     """
     rules = {
@@ -43,6 +45,7 @@ def setting(
         "below": below,
         "choices": choices,
         "shown": shown,
+        "own": own,
         "affects_result": affects_result,
     }
     return field(default=default, metadata=rules)
@@ -56,6 +59,7 @@ FIT = "how it learns"
 LOOK = "what it sees"
 FILES = "files"
 RARE = "rarely needed"
+NUMBER = "by the number of pictures"
 GROUPS = (DAILY, FIT, LOOK, FILES, RARE)  # in the order of `--help`
 
 
@@ -67,7 +71,7 @@ class Settings:
         UnusableInput: a value breaks its rule; the message gives value, rule and remedy.
     """
 
-    epochs: int = setting(None, DAILY, "passes over the training images", at_least=1)
+    epochs: int = setting(None, DAILY, "passes over the training images", at_least=1, own=NUMBER)
     device: str = setting("auto", DAILY, "auto (a GPU where there is one), cpu, cuda, cuda:1, mps")
     run_name: str | None = setting(None, DAILY, "name of the run's files", shown="the network's")
     resume: bool = setting(
@@ -92,7 +96,9 @@ class Settings:
         "a CSV of file names and labels, where the pictures lie in no folders of classes",
     )
 
-    batch_size: int = setting(None, FIT, "images a step learns from", at_least=SMALLEST_BATCH)
+    batch_size: int = setting(
+        None, FIT, "images a step learns from", at_least=SMALLEST_BATCH, own=NUMBER
+    )
     lr: float = setting(
         None,
         FIT,

@@ -83,7 +83,7 @@ def describe(
         "data": data,
         "command": command,
         "config": settings.plain(),
-        "changed": changed(settings),
+        "changed": changed(settings, len(splits.train.labels)),
         "precision": precision,
         "environment": environment(splits.train.labels.device),
         "revision": revision(),

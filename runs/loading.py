@@ -1,7 +1,6 @@
 """What a run begins from: the data its settings name, and the weights."""
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from config import recipes
 from config.settings import SMALLEST_BATCH, Settings, sizes
 from data import Augmentation, Splits, TrainBatches, inputs, make_splits
 from errors import UnusableInput, printable
@@ -23,7 +23,6 @@ from storage import checkpoint
 from storage.files import sha256
 
 UNBALANCED = 5  # a class with so many times another's images is worth a line
-FEW_STEPS = 150  # of a training on few pictures
 
 
 @processes.agreed()
@@ -79,25 +78,39 @@ def load_splits(
         seed=settings.seed,
         device=device,
     )
-    size = len(splits.train.labels)
-    if size < SMALLEST_BATCH:
-        raise UnusableInput(
-            f"{size} training images: at least {SMALLEST_BATCH} are needed; add pictures"
-        )
-    if settings.batch_size > size:
-        raise UnusableInput(
-            f"--batch-size {settings.batch_size}: there are {size} training images; take at most "
-            f"{size}"
-        )
     unbalanced = _unbalanced_line(splits, settings.balance)
     if unbalanced:
         print_paragraph(unbalanced, indent="  ")
-    num_steps = settings.epochs * math.ceil(size / settings.batch_size)
-    if num_steps < FEW_STEPS and not settings.limit and launch.RANK == 0:
-        epochs = math.ceil(FEW_STEPS / math.ceil(size / 32))
-        print(f"{num_steps} steps are few to learn in: try --batch-size 32 --epochs {epochs}")
     shape = list(splits.train.images.shape[1:3])  # (H, W)
     return splits, source | {"image_shape": shape, "classes": len(splits.classes)}, pictures
+
+
+def settled(settings: recipes.AnySettings, num_images: int) -> recipes.AnySettings:
+    """The settings with those that follow from the number of training images; says which.
+
+    Args:
+        settings: of the run.
+        num_images: of the training split.
+
+    Raises:
+        UnusableInput: there are too few images, or the batch is larger than the training split.
+    """
+    if num_images < SMALLEST_BATCH:
+        raise UnusableInput(
+            f"{num_images} training images: at least {SMALLEST_BATCH} are needed; add pictures"
+        )
+    chosen = recipes.by_number(settings, num_images)
+    if chosen.batch_size > num_images:
+        raise UnusableInput(
+            f"--batch-size {chosen.batch_size}: there are {num_images} training images; take at "
+            f"most {num_images}"
+        )
+    if chosen != settings:
+        print(
+            f"{num_images:,} training images: batches of {chosen.batch_size}, "
+            f"{chosen.epochs} epochs (--batch-size, --epochs)"
+        )
+    return chosen
 
 
 def _unbalanced_line(splits: Splits, is_weighed: bool) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from config.recipes import BY_NUMBER
 from config.settings import WITHOUT_EFFECT, Settings, flag, typed
 from data import Splits, TrainBatches
 from errors import AlreadyFinished, Stopped, UnusableInput, printable
@@ -149,7 +150,7 @@ def begin(
 
     Args:
         run: the claimed run; if it goes on it keeps the command and day of its beginning.
-        settings: of the run.
+        settings: of the run, settled.
         model: frozen where it is to be; its convolutions may be replaced by faster ones.
         batches: which it is to see; the first is drawn.
         splits: what it learns from.
@@ -186,6 +187,7 @@ def begin(
         if launch.RANK == 0:
             path = run.results_dir / "config.json"
             if run.state:
+                _check_same(settings, run.state["config"], run.name)
                 _check_surroundings(run.state["identity"], provenance.identity(described))
                 before = read_json(path)
                 for key in ("command", "date"):
@@ -335,6 +337,8 @@ def _check_same(settings: Settings, saved: dict[str, Any], name: str) -> None:
     """Refuses to continue a run under settings that would change its result."""
     different = []
     for key, value in settings.plain().items():
+        if key in BY_NUMBER and value is None:
+            continue  # follows from pictures that are yet to be read; `begin` asks again
         before = saved.get(key, value)
         if before != value and key not in WITHOUT_EFFECT and key != "run_name":
             was = typed(key, before).removeprefix(flag(key) + " ")

@@ -87,8 +87,36 @@ def test_defaults_follow_recipe_network_and_part_and_flags_replace_them(script, 
 
 def test_changes_of_a_recipe_are_named_but_seed_device_and_files_are_none():
     fast = train_custom.parse(["--recipe", "speedrun", "--lr", "0.5", "--seed", "3"])
-    assert recipes.changed(fast) == {"lr": 0.5}
-    assert recipes.changed(train_custom.parse(["--device", "cpu", "--save-every", "9"])) == {}
+    assert recipes.changed(fast, 50_000) == {"lr": 0.5}
+    here = train_custom.parse(["--device", "cpu", "--save-every", "9"])
+    assert recipes.changed(here, 50_000) == {}
+    own = recipes.by_number(finetune.parse(["--pictures", "p", "--dropout", "0.5"]), 300)
+    assert recipes.changed(own, 300) == {"pictures": "p", "dropout": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "num_images", "batch_size", "epochs"),
+    [
+        (finetune, "", 300, 32, 15),
+        (finetune, "", 2_000, 32, 4),
+        (finetune, "", 20_000, 128, 4),
+        (finetune, "--arch resnet50", 20_000, 128, 3),
+        (finetune, "", 10, 10, 150),
+        (finetune, "--weights none", 300, 32, 100),
+        (finetune, "--epochs 3", 300, 32, 3),
+        (finetune, "--batch-size 100", 300, 100, 50),
+        (train_custom, "", 300, 32, 100),
+        (train_custom, "", 50_000, 512, 20),
+        (train_custom, "--recipe best", 300, 32, 100),
+    ],
+)
+def test_batch_and_epochs_follow_from_the_number_of_own_pictures_unless_given(
+    script, flags, num_images, batch_size, epochs
+):
+    settings = script.parse(["--pictures", "p", *shlex.split(flags)])
+    settled = recipes.by_number(settings, num_images)
+    assert (settled.batch_size, settled.epochs) == (batch_size, epochs)
+    assert recipes.by_number(settled, 7) == settled
 
 
 def test_sizes_are_read_from_small_first():

@@ -1101,6 +1101,22 @@ def test_resume_refuses_pictures_that_changed(after, run, refused, signal_at, ch
     assert "restore them, or start another run with --run-name NAME" in line
 
 
+def test_what_follows_from_the_number_of_pictures_is_said_and_resumed(run, refused, signal_at):
+    noise(Path("noise"), {"a": 40, "b": 40})
+    words = "train_custom --recipe classic --image-size 16 --precision fp32 --device cpu"
+    plain = [*words.split(), "--pictures", "noise"]
+    signal_at(3, 2)
+    done = run(*plain)
+    assert done.code == 130
+    assert "66 training images: batches of 32, 334 epochs (--batch-size, --epochs)" in done.out
+    saved = json.loads(Path("results/custom_cnn/config.json").read_text(encoding="utf-8"))
+    assert (saved["config"]["batch_size"], saved["config"]["epochs"]) == (32, 334)
+    assert saved["changed"].keys() == {"pictures", "image_size", "precision"}
+    assert "--epochs 9 (was 334)" in refused(*plain, "--resume", "--epochs", "9")
+    signal_at(3, 2)
+    assert run(*plain, "--resume").code == 130
+
+
 def test_changes_name_classes_and_count_pictures():
     before = {"train": {"1": "a", "2": "b"}, "test": {"3": "a", "4": "b"}}
     now = {"train": {"1": "a", "2": "c", "5": "c"}, "test": {"3": "a"}}

@@ -26,7 +26,7 @@ def write_run(folder, seed, top1, arguments=(), **changes):
         "arch": "custom_cnn",
         "surgery": models.NETWORKS[settings.network] | {"momentum": settings.batchnorm_momentum},
         "config": settings.plain() | {"run_name": folder.name},
-        "changed": recipes.changed(settings),
+        "changed": recipes.changed(settings, 50_000),
         "start_weights": {"source": "random"},
         "precision": "bf16",
         "environment": {"hardware": HARDWARE},
