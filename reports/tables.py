@@ -25,6 +25,9 @@ ABSENT = {
     "pictures": None,
     "image_size": None,
     "weights": None,
+    "fit": "crop",
+    "labels": None,
+    "balance": False,
 }
 FEW_IMAGES = 1000  # an accuracy on fewer test images says how many there were
 

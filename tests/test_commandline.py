@@ -158,7 +158,6 @@ evaluate absent.pt                   | absent.pt
 evaluate a.pt --batch-size 0         | --batch-size 0: must be at least 1
 evaluate a.pt b.pt --predict a --figure x.png | --figure takes one checkpoint, not 2
 evaluate a.pt --figure x.png         | --figure draws what --predict saw: give --predict PATH too
-evaluate a.pt --predict a --predictions x.csv | --predictions is of the test images
 evaluate a.pt --tta many             | choose from
 """
 
