@@ -66,6 +66,19 @@ def test_every_command_runs_without_a_warning(clone):
         assert "warning" not in (done.out + done.err).lower(), (words, done)
 
 
+def test_the_programs_run(clone, capsys):
+    assert clone("finetune", "--arch", "resnet18", "--pictures", "photos", *FEW).code == 0
+    for words in commands():
+        if "--export" in words:
+            assert clone(*words).code == 0
+    programs = re.findall(r"```python\n(.+?)```", README, re.DOTALL)
+    assert len(programs) == 3
+    capsys.readouterr()
+    for program in programs:
+        exec(program, {})
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["cat", "cat"]
+
+
 def test_flags_of_tables_are_flags():
     rows = re.findall(r"^\| \S+ \| `(?:finetune.py )?(--[^`]+)`", README, re.MULTILINE)
     assert len(rows) > 3
