@@ -154,7 +154,8 @@ if __name__ == "__main__":
 
 import torch
 
-from reports import evaluation, export, predictions, tables
+from display import tables
+from reports import evaluation, export, predictions
 from runtime import processes
 from runtime.device import select_device
 from storage import checkpoint

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks import common
 from config.recipes import BY_NETWORK, BY_RECIPE
-from reports.history import HEADER
+from storage.history import HEADER
 
 ROOT = Path(__file__).parent.parent
 SOME = "--limit 2000 --weights none --unfreeze last"

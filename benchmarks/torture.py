@@ -24,9 +24,14 @@ import torch
 import finetune
 import train_custom
 from benchmarks import common
+from display import pages  # noqa: F401  before the fork: no child spends time on these
 from errors import UnusableInput
-from reports import evaluation, history, pages  # noqa: F401  before the fork: no child spends time on it
-from storage import checkpoint, files
+from reports import evaluation  # noqa: F401
+from storage import (
+    checkpoint,
+    files,
+    history,
+)
 
 # Some steps an epoch on a few hundred real images, some epochs.
 SMALL = (

@@ -1,1 +1,1 @@
-"""What a run leaves: provenance, history, evaluation, figures, pages, tables, predictions."""
+"""What a run leaves: provenance, evaluation, predictions, exports."""

@@ -13,13 +13,15 @@ from torch import Tensor, nn
 import data
 import metrics
 from data import ChannelStats, Split, Splits, TrainBatches
+from display import figures, pages
+from display.live import best_effort
 from engine import predict
 from errors import UnusableInput, printable
 from models import Whitening
-from reports import figures, history, pages, predictions, provenance
+from reports import predictions, provenance
 from reports.images_to_evaluate import images_to_evaluate
-from reports.live import best_effort
 from runtime import launch, processes
+from storage import history
 from storage.files import read_json, sha256, write_json
 
 Row = dict[str, Any]

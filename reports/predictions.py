@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from data import ChannelStats, inputs
+from display import figures
 from engine import predict
 from errors import UnusableInput, printable
-from reports import figures
 from reports.export import stored_side
 from reports.heat_map import heat_maps
 from reports.picture_list import as_text

@@ -6,14 +6,15 @@ from torch import nn
 import metrics
 from config import commandline
 from data import Splits
-from reports import evaluation, picture_list, provenance, tables
-from reports.history import TIMINGS
-from reports.live import best_effort
+from display import tables
+from display.live import best_effort
+from reports import evaluation, picture_list, provenance
 from runs.training import Training
 from runtime import launch
 from sources.known_pictures import known
 from storage import checkpoint
 from storage.files import sha256, write_json
+from storage.history import TIMINGS
 
 
 def finish(training: Training, model: nn.Module, splits: Splits, tta: str) -> None:

@@ -14,9 +14,9 @@ from torch import nn
 from config.recipes import BY_NUMBER
 from config.settings import WITHOUT_EFFECT, Settings, flag, typed
 from data import Splits, TrainBatches
+from display.live import best_effort
 from errors import AlreadyFinished, Stopped, UnusableInput, printable
 from reports import evaluation, provenance
-from reports.live import best_effort
 from runs.loading import settle_precision
 from runtime import launch, processes
 from runtime.amx import as_products

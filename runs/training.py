@@ -15,17 +15,17 @@ from tqdm import tqdm
 
 import engine
 from data import TrainBatches
+from display.live import Live
 from engine import Progress
 from errors import Stopped
-from reports import history, provenance
-from reports.live import Live
+from reports import provenance
 from runs.loading import Validation
 from runs.run import Run, resume_command
 from runtime import launch, processes, signals
 from runtime.device import now, rng_state, set_rng_state
 from sources.known_pictures import known
 from sources.picture_folder import Picture
-from storage import checkpoint
+from storage import checkpoint, history
 
 LOOK_EVERY = 20  # steps on a GPU: reading a number there waits for all it was given
 

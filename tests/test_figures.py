@@ -11,7 +11,7 @@ from fontTools.pens.ttGlyphPen import TTGlyphPen
 from matplotlib import font_manager
 from PIL import Image
 
-from reports import figures
+from display import figures
 
 ROOT = Path(__file__).parent.parent
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
@@ -256,7 +256,7 @@ def test_a_persons_matplotlib_settings_change_nothing(tmp_path, backend):
         "savefig.dpi: 10\nimage.origin: lower\naxes.grid: True\nbackend: TkAgg\n"
     )
     code = (
-        "import pathlib; from reports import figures; "
+        "import pathlib; from display import figures; "
         "figures.curves([dict(epoch=1, lr=0.1, train_loss=2.0)], "
         "pathlib.Path('there.png'), 'a_$run$')"
     )

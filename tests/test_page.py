@@ -3,8 +3,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-from reports import pages
-from reports.live import Live
+from display import pages
+from display.live import Live
 
 EVIL = "<script>alert(1)</script>\"><img src=x onerror='alert(2)'>&\x1b[31m\udcff"
 VOID = {"meta", "img", "line", "circle", "polyline"}

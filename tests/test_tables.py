@@ -11,7 +11,7 @@ from conftest import ROOT, SMALL
 import models
 import train_custom
 from config import recipes
-from reports import tables
+from display import tables
 from storage.files import write_json
 
 HARDWARE = "2 cores | <x>"
@@ -180,7 +180,7 @@ def test_no_runs_make_a_table_that_says_so(tmp_path):
 WRITER = """
 import pathlib, sys, time
 sys.path.insert(0, sys.argv[1])
-from reports import tables
+from display import tables
 from storage.files import write_json
 
 name = sys.argv[2]

@@ -17,8 +17,8 @@ import engine
 import evaluate
 import metrics
 import models
-from reports import evaluation, history, provenance
-from storage import checkpoint
+from reports import evaluation, provenance
+from storage import checkpoint, history
 
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 CHECKPOINT, RESULTS = Path("checkpoints/custom_cnn.pt"), Path("results/custom_cnn")
@@ -279,16 +279,16 @@ def test_a_mistake_in_the_code_shows_its_traceback(run, monkeypatch, capsys, mod
 
 @pytest.mark.parametrize(
     "broken",
-    ["reports.figures.mistakes", "reports.figures.batch", "reports.evaluation.first_layer"],
+    ["display.figures.mistakes", "display.figures.batch", "reports.evaluation.first_layer"],
 )
 def test_a_picture_that_cannot_be_drawn_costs_a_warning_alone(run, drawing, monkeypatch, broken):
     def fail(*arguments):
         raise ImportError("no such backend")
 
     for name in ("curves", "confusion_matrix", "calibration", "mistakes", "batch", "first_layer"):
-        monkeypatch.setattr(f"reports.figures.{name}", lambda *_: None)
+        monkeypatch.setattr(f"display.figures.{name}", lambda *_: None)
     monkeypatch.setattr(broken, fail)
-    monkeypatch.setattr("reports.pages.write_index", fail)
+    monkeypatch.setattr("display.pages.write_index", fail)
     done = run(*SMALL, "--limit", "64")
     assert done.code == 0
     assert done.out.count("warning: ") == done.out.count(": ImportError: no such backend") == 2

@@ -11,8 +11,8 @@ from typing import Any
 from urllib.parse import quote
 
 from config.settings import WITHOUT_EFFECT
+from display import pages
 from errors import printable
-from reports import pages
 from storage.files import locked, tell, write_atomically
 
 Row = dict[str, Any]

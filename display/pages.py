@@ -17,8 +17,8 @@ from markupsafe import Markup
 
 import metrics
 from errors import printable
-from reports.history import minutes
 from storage.files import write_atomically
+from storage.history import minutes
 
 Row = Mapping[str, Any]
 Points = list[tuple[float, float]]

@@ -5,10 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from display import pages
 from errors import printable
-from reports import pages
-from reports.history import Row
 from runtime import launch
+from storage.history import Row
 
 MOST_POINTS = 300  # of the loss by step; beyond, every second one goes
 MIN_SECONDS = 3.0  # between two pages

@@ -1,0 +1,1 @@
+"""What a person looks at: figures, the live page, pages and tables of all runs."""
