@@ -205,6 +205,7 @@ class Parser(argparse.ArgumentParser):
             description=textwrap.fill(description, 79),
             epilog=epilog,
             formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,  # a flag cut short may be a mistyped one
         )
 
     def error(self, message: str) -> None:

@@ -93,8 +93,8 @@ def metadata(saved: dict[str, Any]) -> dict[str, str]:
 
     Returns:
         `name` of the run; `classes`, a JSON list in the order of the outputs; `side` of the squares
-        that pictures were brought to for its training, pixels; `views`, what the probabilities are
-        averaged over; `calibration`.
+        that pictures were brought to for its training, pixels; `fit`, how they became squares, see
+        `sources.pictures.load`; `views`, what the probabilities are averaged over; `calibration`.
     """
     temperature = saved["metrics"].get("temperature")
     calibration = "not calibrated"
@@ -104,6 +104,7 @@ def metadata(saved: dict[str, Any]) -> dict[str, str]:
         "name": saved["name"],
         "classes": json.dumps(saved["classes"]),
         "side": str(stored_side(saved)),
+        "fit": saved["config"].get("fit", "crop"),
         "views": "none",
         "calibration": calibration,
     }

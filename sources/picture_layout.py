@@ -239,7 +239,7 @@ def _check_classes(path: Path, classes: tuple[str, ...], folders: _Folders) -> N
         )
     if not 2 <= len(classes) <= MAX_CLASSES:
         raise UnusableInput(
-            f"{name}: {len(classes):,} folders of classes; make it two to {MAX_CLASSES:,}"
+            f"{name}: folders of classes: {len(classes):,}; make it two to {MAX_CLASSES:,}"
         )
 
 

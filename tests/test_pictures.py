@@ -647,8 +647,8 @@ def test_unreadable_pictures_are_named_counted_and_left_out(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("layout", "words"),
     [
-        ({}, "0 folders of classes; make it two to 1,000"),
-        ({"cat": 5}, "1 folders of classes"),
+        ({}, "folders of classes: 0; make it two to 1,000"),
+        ({"cat": 5}, "folders of classes: 1"),
         ({"deep/cat": 5, "deep/dog": 5}, "its only folder is deep/, which holds 2; name that"),
         ({"train": 5, "test": 5}, "test/ and train/ hold no folders of classes; make it train/C"),
         ({"Dev": 5, "testing": 5}, "Dev/ and testing/ hold no folders of classes"),
@@ -656,7 +656,7 @@ def test_unreadable_pictures_are_named_counted_and_left_out(tmp_path, capsys):
             {"cat": 3, "dog": 3, "set/cat": 3, "set/dog": 3},
             "set/ holds all the other classes again; name it alone, or take it away",
         ),
-        (dict.fromkeys(map(str, range(1001)), 0), "1,001 folders of classes"),
+        (dict.fromkeys(map(str, range(1001)), 0), "folders of classes: 1,001"),
         (
             {"cat": 5, "dog": 0, "owl": 2},
             r"every class needs 3 .* each of test, val, train: dog lacks 3, owl lacks 1; add",
