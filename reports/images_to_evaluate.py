@@ -1,7 +1,6 @@
 """Which images a checkpoint is evaluated on: those of its own test, or a labelled folder."""
 
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,11 +10,10 @@ from data import ChannelStats, Split, Splits
 from errors import UnusableInput, printable
 from reports.export import stored_side
 from reports.test_images import test_split
-from sources.known_pictures import BEFORE
+from sources.known_pictures import BEFORE, first_by_hash, hash_files
 from sources.picture_folder import HASH_DIGITS, read_all, say
 from sources.picture_layout import class_name
 from sources.pictures import HIDDEN, search
-from storage.files import sha256
 
 MOST_NAMED = 10  # classes in a message
 
@@ -62,7 +60,7 @@ def images_to_evaluate(
     where = place or Path(folder)
     if not where.is_dir():
         raise UnusableInput(f"{printable(where)}: no such folder; give --pictures one that is")
-    files = _by_hash(where)
+    files = first_by_hash(hash_files(where))
     test = known.get("test", {})
     found = [files[digest] for digest in test if digest in files]
     if place and not found:
@@ -76,25 +74,6 @@ def images_to_evaluate(
     if num_images < len(test):
         note = f"on {num_images:,} of the {len(test):,} test images: the others are missing"
     return ToEvaluate(splits, names, note)
-
-
-def _by_hash(folder: Path) -> dict[str, Path]:
-    """The files in a folder by the first digits of their hashes."""
-    pictures, others = search(folder)
-    files = pictures + others
-    with ThreadPoolExecutor() as pool:
-        digests = list(pool.map(_hash, files))
-    places: dict[str, Path] = {}
-    for digest, file in zip(digests, files, strict=True):
-        places.setdefault(digest, file)  # of copies the first
-    return places
-
-
-def _hash(file: Path) -> str:
-    try:
-        return sha256(file)[:HASH_DIGITS]
-    except OSError:  # a link to nothing, or not ours to read
-        return ""
 
 
 def _labelled(

@@ -68,13 +68,8 @@ def find_test(
     name = printable(folder)
     if not folder.is_dir():
         raise UnusableInput(f"{name}: no such folder; say with --pictures where the pictures are")
-    found, others = search(folder)
-    files = found + others
-    with ThreadPoolExecutor() as pool:
-        digests = list(pool.map(_hash, files))
-    places: dict[str, Path] = {}
-    for digest, file in zip(digests, files, strict=True):
-        places.setdefault(digest, file)  # of copies the first
+    hashes = hash_files(folder)
+    places = first_by_hash(hashes)
     test = pictures["test"]
     present = [digest for digest in test if digest in places]
     images, read, _ = read_all([places[digest] for digest in present], side, fit, scratch)
@@ -100,7 +95,7 @@ def find_test(
         )
     more = {
         digest
-        for digest, file in zip(digests, files, strict=True)
+        for file, digest in hashes.items()
         if _in_test(file.relative_to(folder)) and has_picture_ending(file) and digest not in test
     }
     trained = pictures["train"].keys() | pictures.get(BEFORE, {}).keys()
@@ -118,6 +113,25 @@ def _by_hash(pictures: Known) -> dict[str, tuple[str, str]]:
     return {
         digest: (split, name) for split, those in pictures.items() for digest, name in those.items()
     }
+
+
+def hash_files(folder: Path) -> dict[Path, str]:
+    """The files in a folder and all folders in it, pictures first, with their hashes.
+
+    The hashes are as `Picture` has them; "" of a file that cannot be read.
+    """
+    found, others = search(folder)
+    files = found + others
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(files, pool.map(_hash, files), strict=True))
+
+
+def first_by_hash(hashes: Mapping[Path, str]) -> dict[str, Path]:
+    """Of each hash the first file that has it."""
+    places: dict[str, Path] = {}
+    for file, digest in hashes.items():
+        places.setdefault(digest, file)
+    return places
 
 
 def _hash(file: Path) -> str:
