@@ -53,9 +53,9 @@ def images_to_evaluate(
     """
     known = saved.get("pictures") or {}
     folder = saved["config"].get("pictures")
-    if place is None and not known:
+    if place is None and not known.get("test"):
         return ToEvaluate(test_split(saved, data_dir, None, device, scratch), None, "")
-    if folder and not known:  # of an older version, which did not note its pictures
+    if folder and not known.get("test"):  # of an older version, which did not note its pictures
         return ToEvaluate(test_split(saved, data_dir, place, device, scratch), None, "")
     where = place or Path(folder)
     if not where.is_dir():
@@ -113,12 +113,15 @@ def _files_by_class(saved: dict[str, Any], place: Path) -> list[tuple[Path, int]
         known += f" and {len(classes) - MOST_NAMED:,} more"
     found = []
     unknown = []
+    num_others = 0
     for folder in sorted(place.iterdir()):
         if not folder.is_dir() or folder.name.startswith(HIDDEN):
             continue
         if class_name(folder.name) in classes:
             label = classes.index(class_name(folder.name))
-            found += [(file, label) for file in search(folder)[0]]
+            pictures, others = search(folder)
+            found += [(file, label) for file in pictures]
+            num_others += len(others)
         else:
             unknown.append(folder.name)
     if unknown:
@@ -126,6 +129,8 @@ def _files_by_class(saved: dict[str, Any], place: Path) -> list[tuple[Path, int]
             f"--pictures {name}: the network does not know the class {printable(unknown[0])}; it "
             f"knows {known}; give a folder that holds folders of these alone"
         )
+    if num_others > 0:
+        say([f"{name}: left out: {num_others:,} files without an ending of a picture"])
     if not found:
         raise UnusableInput(
             f"--pictures {name}: holds neither test pictures of the training nor folders of its "

@@ -52,7 +52,8 @@ def finish(training: Training, model: nn.Module, splits: Splits, tta: str) -> No
     content["state_dict"] = _on_cpu(model)
     if training.pictures:
         content["pictures"] = known(training.pictures)
-        picture_list.write(run.results_dir / "pictures.csv", training.pictures)
+        if "test" in training.pictures:  # not CIFAR-10's
+            picture_list.write(run.results_dir / "pictures.csv", training.pictures)
     checkpoint.save(run.checkpoint_path, content)
     write_json(run.results_dir / "config.json", described)
     report["name"] = run.name

@@ -62,7 +62,7 @@ def load_splits(
         pictures = {split: those[: settings.limit] for split, those in pictures.items()}
         if settings.weights:
             trained = _trained_before(Path(settings.weights))
-            _check_not_trained(settings.weights, trained, pictures["test"])
+            _check_not_trained(settings.weights, trained, pictures)
             if trained:
                 pictures[BEFORE] = trained
         if state:
@@ -71,6 +71,10 @@ def load_splits(
         arrays = cifar10(settings.data_dir)
         source = {"source": "CIFAR-10"}
         pictures = None
+        if settings.weights:
+            trained = _trained_before(Path(settings.weights))
+            if trained:  # a later training on such pictures is to know it
+                pictures = {BEFORE: trained}
     splits = make_splits(
         arrays,
         val_fraction=settings.val_fraction,
@@ -144,18 +148,29 @@ def _trained_before(weights: Path) -> list[Picture]:
         return []
     _, content = checkpoint.load_checkpoint(weights)
     used = content.get("pictures") or {}
+    if content["config"].get("pictures") and not used:
+        raise UnusableInput(
+            f"--weights {printable(weights)}: does not say which pictures trained it, and a test "
+            "could hold some; train it anew, or begin from other weights"
+        )
     trained = used.get(BEFORE, {}) | used.get("train", {})
     return [Picture("", name, digest) for digest, name in trained.items()]
 
 
-def _check_not_trained(weights: str, trained: list[Picture], test: list[Picture]) -> None:
-    """Refuses to begin from a checkpoint that was trained on pictures kept for the test."""
-    num_seen = len({picture.hash for picture in trained} & {picture.hash for picture in test})
-    if num_seen:
-        raise UnusableInput(
-            f"--weights {printable(weights)}: {num_seen:,} of the {len(test):,} test pictures "
-            "trained it; take the --seed of that training, or a folder with a test/ of its own"
-        )
+def _check_not_trained(
+    weights: str, trained: list[Picture], pictures: dict[str, list[Picture]]
+) -> None:
+    """Refuses to begin from a checkpoint that was trained on pictures kept for test or val."""
+    hashes = {picture.hash for picture in trained}
+    for split, what in (("test", "test"), ("val", "validation")):
+        those = pictures.get(split, [])
+        num_seen = len(hashes & {picture.hash for picture in those})
+        if num_seen:
+            raise UnusableInput(
+                f"--weights {printable(weights)}: {num_seen:,} of the {len(those):,} {what} "
+                f"pictures trained it; take the --seed of that training, or a folder with a "
+                f"{split}/ of its own"
+            )
 
 
 @processes.agreed()

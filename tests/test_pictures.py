@@ -1233,3 +1233,20 @@ def test_the_transparent_colour_of_any_png_is_white(
     )
     square = pictures.load(path, 2, "squash")
     assert (square[:, 0] > 250).all()
+
+
+def test_no_chain_of_weights_hands_a_test_picture_on(workplace, run, refused):
+    noise(workplace / "one", {"a": 20, "b": 20})
+    few = ("--recipe", "classic", "--epochs", "1", "--batch-size", "8", "--precision", "fp32")
+    own = ("train_custom", *few, "--pictures", "one")
+    assert run(*own, "--run-name", "first").code == 0
+    by_way = ("train_custom", *few, "--limit", "20", "--weights", "checkpoints/first.pt")
+    assert run(*by_way, "--run-name", "cifar").code == 0
+    assert run("evaluate", "checkpoints/cifar.pt").code == 0
+    again = (*own, "--seed", "5", "--run-name", "again", "--weights")
+    for name in ("first", "cifar"):
+        assert "pictures trained it; take the --seed" in refused(*again, f"checkpoints/{name}.pt")
+    content = checkpoint.load(Path("checkpoints/first.pt"))
+    del content["pictures"]
+    checkpoint.save(Path("checkpoints/old.pt"), content)
+    assert "does not say which pictures trained it" in refused(*again, "checkpoints/old.pt")
