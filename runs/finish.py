@@ -61,10 +61,10 @@ def finish(training: Training, model: nn.Module, splits: Splits, tta: str) -> No
     write_json(run.results_dir / "test.json", report)
     checkpoint.remove_state(run.state_path)
 
-    macro_f1 = report["macro"]["f1"]
-    accuracy = f"test accuracy {100 * report['top1']:.2f} %, macro F1 {100 * macro_f1:.2f} %"
+    accuracy = f"test accuracy {100 * report['top1']:.2f} %"
     if report["top1_tta"] is not None:
-        accuracy += f", averaged over views ({tta}) {100 * report['top1_tta']:.2f} %"
+        accuracy += f" ({100 * report['top1_tta']:.2f} % averaged over views, {tta})"
+    accuracy += f", macro F1 {100 * report['macro']['f1']:.2f} %"
     print(f"{accuracy}\n({report['n']:,} images, read once)", flush=True)
     print(evaluation.class_lines(report), flush=True)
     best_effort(
