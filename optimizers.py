@@ -99,6 +99,21 @@ def make_optimizer(
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.99), fused=True, capturable=on_gpu)
 
 
+def load_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Restores an optimiser's state, which may have been saved on another kind of device.
+
+    Args:
+        optimizer: from `make_optimizer`.
+        state: from the `state_dict` of one like it. Whether a CUDA graph can replay its steps is
+            not taken from there: that belongs to the device.
+    """
+    capturable = [group.get("capturable") for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, here in zip(optimizer.param_groups, capturable, strict=True):
+        if here is not None:
+            group["capturable"] = here
+
+
 class Muon(torch.optim.Optimizer):
     """Steps along the matrix nearest to a layer's momentum whose singular values are all about 1.
 

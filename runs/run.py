@@ -25,7 +25,7 @@ from storage import checkpoint
 from storage.files import holder, locked, previous, read_json, write_json
 
 # What a resumed run must share with its beginning; other surroundings may differ, with a warning.
-FIXED = ("surgery", "start_weights", "device")
+FIXED = ("surgery", "start_weights")
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ def begin(
         What config.json says, `precision` among it.
 
     Raises:
-        UnusableInput: the run was started with another network, weights or kind of device.
+        UnusableInput: the run was started with another network or other weights.
     """
     if launch.RANK == 0:
         batch_path = run.results_dir / "batch.png"
@@ -198,7 +198,7 @@ def begin(
 
 
 def _check_surroundings(saved: dict[str, Any], here: dict[str, Any]) -> None:
-    """Refuses to go on with another network; warns of other hardware."""
+    """Refuses to go on with another network; warns of another device and other hardware."""
     for key, before in saved.items():
         if here[key] == before:
             continue
@@ -334,13 +334,17 @@ def _sweep(settings: Settings, name: str) -> None:
 
 
 def _check_same(settings: Settings, saved: dict[str, Any], name: str) -> None:
-    """Refuses to continue a run under settings that would change its result."""
+    """Refuses to continue a run under settings that would change its result.
+
+    Another device is allowed: `_check_surroundings` warns where it is of another kind.
+    """
+    may_differ = {*WITHOUT_EFFECT, "run_name", "device"}
     different = []
     for key, value in settings.plain().items():
         if key in BY_NUMBER and value is None:
             continue  # follows from pictures that are yet to be read; `begin` asks again
         before = saved.get(key, value)
-        if before != value and key not in WITHOUT_EFFECT and key != "run_name":
+        if before != value and key not in may_differ:
             was = typed(key, before).removeprefix(flag(key) + " ")
             different.append(f"{typed(key, value)} (was {was})")
     if different:

@@ -14,6 +14,7 @@ from torch import nn
 from tqdm import tqdm
 
 import engine
+import optimizers
 from data import TrainBatches
 from display.live import Live
 from engine import Progress
@@ -299,7 +300,7 @@ class Training:
 
     def _restore(self, state: dict[str, Any], seconds_before: float) -> None:
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        optimizers.load_state(self.optimizer, state["optimizer"])
         rank = launch.RANK
         if rank < len(state["rng"]):  # others, of a run with fewer processes before, keep their own
             torch.set_rng_state(state["rng"][rank])
