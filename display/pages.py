@@ -211,9 +211,13 @@ def _tiles(
     if steps and not report:
         tiles["training loss"] = _fixed(steps[-1][1])
     seconds = content.get("seconds") or content.get("train_seconds") or 0
-    tiles["minutes of training"] = minutes(seconds)
     if content["status"] == "running":
+        tiles["minutes of training"] = minutes(seconds)
         tiles["minutes left"] = minutes(content.get("seconds_left") or 0)
+    elif seconds < 60:
+        tiles["seconds of training"] = f"{seconds:.0f}"
+    else:
+        tiles["minutes of training"] = f"{seconds / 60:.1f}"
     return {name: value for name, value in tiles.items() if value}
 
 

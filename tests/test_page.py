@@ -180,7 +180,7 @@ def test_the_end_shows_accuracies_scores_by_class_and_what_the_result_depends_on
     report = REPORT | {"top1_tta": 0.9477, "tta": "crops"}
     end = written(tmp_path, status="finished", report=report, train_seconds=2694.0, **facts)
     assert "test accuracy (%) of 60 images" in end.texts
-    assert {"93.87", "94.77", "with TTA, crops (%)", "44:54", "2 cores", "2"} <= set(end.texts)
+    assert {"93.87", "94.77", "with TTA, crops (%)", "44.9", "2 cores", "2"} <= set(end.texts)
     assert {"abc1234", "name IMAGENET1K_V1", "lr 0.1", "processes"} <= set(end.texts)
     rows = end.source.split("<tbody>")[1].split("<tr>")[1:]
     assert "<td>cat</td><td></td><td>50.00</td><td>0.00</td><td>7</td>" in rows[0]
