@@ -39,7 +39,7 @@ JOBS = [
     "train_custom.py --recipe modern",
     "train_custom.py --recipe modern --small-first=",
     "train_custom.py --recipe speedrun",
-    "train_custom.py --recipe best",
+    "train_custom.py --recipe best --network widest",
     "finetune.py --arch resnet18",
 ]
 

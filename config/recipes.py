@@ -11,8 +11,8 @@ from errors import UnusableInput, printable
 # A column is a recipe: the formatter would put each value on a line of its own.
 _RECIPES: dict[str, tuple] = {
     "recipe":             ("classic",   "modern",      "speedrun", "best"),
-    "network":            ("tutorial",  "wide",        "slim",     "widest"),
-    "epochs":             (30,          20,            10,         100),
+    "network":            ("tutorial",  "wide",        "slim",     "wide"),
+    "epochs":             (30,          20,            10,         31),
     "batch_size":         (128,         512,           1000,       1000),
     "optimizer":          ("adam",      "adamw",       "muon",     "muon"),
     "lr":                 (1e-3,        8e-3,          0.01,       0.01),
@@ -27,7 +27,7 @@ _RECIPES: dict[str, tuple] = {
     "label_smoothing":    (0.0,         0.2,           0.2,        0.2),
     "flip":               ("random",    "alternating", "alternating", "alternating"),
     "translate":          (0,           4,             2,          4),
-    "cutout":             (0,           8,             0,          12),
+    "cutout":             (0,           8,             0,          10),
     "small_first":        ("",          "0.5:24",      "0.5:24",   "0.5:24"),
     "val_fraction":       (0.04,        0.02,          0.02,       0.02),
 }  # fmt: skip

@@ -1,5 +1,6 @@
 import dataclasses
 import io
+import json
 import os
 import shlex
 import signal
@@ -160,6 +161,13 @@ evaluate a.pt b.pt --predict a --figure x.png | --figure takes one checkpoint, n
 evaluate a.pt --figure x.png         | --figure draws what --predict saw: give --predict PATH too
 evaluate a.pt --tta many             | choose from
 """
+
+
+def test_the_recipe_best_is_the_run_whose_figures_are_given_for_it():
+    ran = json.loads((ROOT / "results/reference/best-wide/config.json").read_text())["config"]
+    best = train_custom.parse(["--recipe", "best"]).plain()
+    for name in best.keys() & ran.keys() - {"run_name"}:
+        assert best[name] == ran[name], name
 
 
 @pytest.mark.parametrize("line", UNUSABLE.strip().splitlines())
