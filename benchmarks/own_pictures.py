@@ -2,8 +2,8 @@
 
 The folders are written out of CIFAR-10 first. Few: PNG files, as many of a class as the case says,
 and test images in a folder of their own; measured is `finetune.py`, the whole command without flags
-that fit it to the case. Many: photographs of 640x480 pixels, about 100 KB as JPEG; measured from
-the command to the first step.
+that fit it to the case, and after it, with `--fastai`, fastai on the same folder. Many: photographs
+of 640x480 pixels, about 100 KB as JPEG; measured from the command to the first step.
 """
 
 import json
@@ -76,6 +76,25 @@ def write_photographs(folder: Path, images: np.ndarray, labels: np.ndarray, coun
         return sum(pool.map(one, range(count)))
 
 
+class Command(NamedTuple):
+    """What a command took, in seconds that passed and of computing, and what it printed."""
+
+    seconds: float
+    cpu_seconds: float
+    output: str
+
+
+def timed(command: list[str]) -> Command:
+    """Runs a command to its end."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    begin = time.perf_counter()
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    seconds = time.perf_counter() - begin
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    computing = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return Command(round(seconds, 1), round(computing, 1), done.stdout)
+
+
 def fine_tune(pictures: Path, folder: Path, flags: str, seed: int) -> dict[str, Any]:
     """Fine-tunes on the pictures of a folder.
 
@@ -86,31 +105,44 @@ def fine_tune(pictures: Path, folder: Path, flags: str, seed: int) -> dict[str, 
         seed: of the run.
 
     Returns:
-        Seconds of the whole command, passed and of computing; what was chosen; accuracies.
+        Seconds of the whole command, what was chosen, accuracies.
     """
     places = f"--checkpoint-dir {folder}/c --results-dir {folder}/r --run-name s{seed}"
     job = f"{memory.ROOT}/finetune.py --pictures {pictures} {places} --seed {seed} {flags}"
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    begin = time.perf_counter()
-    subprocess.run([sys.executable, *job.split()], check=True)
-    seconds = time.perf_counter() - begin
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    computing = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    took = timed([sys.executable, *job.split()])
     results = folder / "r" / f"s{seed}"
     config = json.loads((results / "config.json").read_text(encoding="utf-8"))
     found = json.loads((results / "test.json").read_text(encoding="utf-8"))
     return {
         "seed": seed,
+        "flags": flags,
         "epochs": config["config"]["epochs"],
         "batch_size": config["config"]["batch_size"],
+        "image_size": config["config"]["image_size"],
         "precision": config["precision"],
         "training_images": config["splits"]["train"],
-        "seconds": round(seconds, 1),
-        "cpu_seconds": round(computing, 1),
+        "seconds": took.seconds,
+        "cpu_seconds": took.cpu_seconds,
         "top1": found["top1"],
         "top1_tta": found["top1_tta"],
         "macro_f1": found["macro"]["f1"],
     }
+
+
+def with_fastai(
+    python: str, weights: Path, pictures: Path, seed: int, sizes: list[int]
+) -> list[dict[str, Any]]:
+    """Trains fastai's network on the pictures of a folder, at each side of the input."""
+    rows = []
+    for size in sizes:
+        script = str(memory.ROOT / "benchmarks" / "fastai_baseline.py")
+        flags = f"--weights {weights} --seed {seed} --size {size}"
+        took = timed([python, "-W", "ignore", script, str(pictures), *flags.split()])
+        found = json.loads(took.output.splitlines()[-1])
+        rows.append(
+            {"seed": seed, "seconds": took.seconds, "cpu_seconds": took.cpu_seconds, **found}
+        )
+    return rows
 
 
 def main() -> None:
@@ -120,17 +152,26 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of each case")
     parser.add_argument("--many", type=int, default=20_000, help="photographs; 0 leaves them out")
     parser.add_argument("--flags", default="--arch resnet18", help="of finetune.py, for all")
+    parser.add_argument("--fastai", help="the Python of an environment with fastai")
+    parser.add_argument("--fastai-weights", type=Path, help="torchvision's file of ResNet-18")
+    parser.add_argument("--fastai-sizes", type=int, nargs="+", default=[128, 224])
     args = parser.parse_args()
     data = cifar10(args.data_dir)
-    figures: dict[str, Any] = {"flags": args.flags, "cases": {}}
+    figures: dict[str, Any] = {"flags": args.flags, "cases": {}, "fastai": {}}
     for name in args.cases:
         rows = figures["cases"][name] = []
+        others = figures["fastai"][name] = []
         with tempfile.TemporaryDirectory() as place:
             pictures = Path(place) / "pictures"
             write_case(pictures, CASES[name], data)
             for seed in args.seeds:
                 rows.append(fine_tune(pictures, Path(place), args.flags, seed))
                 common.write(args, figures)
+                if args.fastai:
+                    others += with_fastai(
+                        args.fastai, args.fastai_weights, pictures, seed, args.fastai_sizes
+                    )
+                    common.write(args, figures)
         accuracy = common.mean_and_spread([100 * row["top1"] for row in rows])
         print(f"{name}: {accuracy} %", flush=True)
     if args.many:

@@ -106,6 +106,8 @@ BY_NETWORK = {
         "translate": 2,
     },
 }
+# Of one's own pictures there are few, mostly, and most are larger than CIFAR-10's 32 pixels.
+OWN_PICTURES: dict[str, dict[str, Any]] = {"resnet18": {"image_size": 160}}
 # Nothing to keep, more to learn.
 FROM_SCRATCH: dict[str, Any] = {"unfreeze": "all", "stage_lr_scale": 1.0, "epochs": 10}
 
@@ -120,7 +122,7 @@ class _LeastWork(NamedTuple):
     batch_size: int  # BatchNorm's mean and variance over fewer images are rough
 
 
-FINE_TUNED = _LeastWork(num_steps=150, batch_size=32)
+FINE_TUNED = _LeastWork(num_steps=100, batch_size=32)
 UNTRAINED = _LeastWork(num_steps=1000, batch_size=32)  # a guess: it was not searched
 STEPS_OF_AN_EPOCH = 60  # about so many are aimed at, between the least batch and the usual one
 
@@ -174,8 +176,11 @@ def finetune(given: dict[str, Any]) -> FineTuneSettings:
 
 
 def _finetune_defaults(given: dict[str, Any]) -> dict[str, Any]:
-    defaults = _named(BY_NETWORK, given.get("arch", FineTuneSettings.arch))
+    arch = given.get("arch", FineTuneSettings.arch)
+    defaults = _named(BY_NETWORK, arch)
     usual = defaults["unfreeze"]
+    if given.get("pictures"):
+        defaults |= OWN_PICTURES.get(arch, {})
     if given.get("weights") == "none":
         defaults |= FROM_SCRATCH
     part = given.get("unfreeze", defaults["unfreeze"])

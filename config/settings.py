@@ -136,7 +136,12 @@ class Settings:
         "less",
     )
     image_size: int | None = setting(
-        None, LOOK, "side of the network's input, pixels", at_least=16, below=513
+        None,
+        LOOK,
+        "side of the network's input, pixels",
+        at_least=16,
+        below=513,
+        own="resnet18 160",
     )
     fit: str = setting(
         "crop",

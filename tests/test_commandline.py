@@ -98,14 +98,14 @@ def test_changes_of_a_recipe_are_named_but_seed_device_and_files_are_none():
 @pytest.mark.parametrize(
     ("script", "flags", "num_images", "batch_size", "epochs"),
     [
-        (finetune, "", 300, 32, 15),
+        (finetune, "", 300, 32, 10),
         (finetune, "", 2_000, 32, 4),
         (finetune, "", 20_000, 128, 4),
         (finetune, "--arch resnet50", 20_000, 128, 3),
-        (finetune, "", 10, 10, 150),
+        (finetune, "", 10, 10, 100),
         (finetune, "--weights none", 300, 32, 100),
         (finetune, "--epochs 3", 300, 32, 3),
-        (finetune, "--batch-size 100", 300, 100, 50),
+        (finetune, "--batch-size 100", 300, 100, 34),
         (train_custom, "", 300, 32, 100),
         (train_custom, "", 50_000, 512, 20),
         (train_custom, "--recipe best", 300, 32, 100),
