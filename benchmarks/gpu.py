@@ -317,7 +317,7 @@ def parse() -> argparse.Namespace:
     if unknown:
         parser.error(f"--steps {unknown[0]}: choose of {','.join(STEPS)}")
     args.weights = dict(args.weights)
-    args.limit = 64 if args.tiny else None
+    args.limit = 16 if args.tiny else None
     args.num_records = 2 if args.tiny else 10
     args.precision = "bf16" if args.device.type == "cuda" else "fp32"
     return args

@@ -101,9 +101,9 @@ class Bench:
         chosen = replace(common.settings_of(command), seed=seed, **changes)
         chosen = replace(chosen, precision=self.args.precision)
         if self.args.tiny:
-            small = {"epochs": min(chosen.epochs, 2), "batch_size": min(chosen.batch_size, 32)}
+            small = {"epochs": min(chosen.epochs, 2), "batch_size": min(chosen.batch_size, 8)}
             if chosen.image_size:
-                small["image_size"] = 48
+                small["image_size"] = 32
             chosen = replace(chosen, **small)
         return chosen
 
