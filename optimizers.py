@@ -1,5 +1,6 @@
 """Which parameters are updated how: Adam, AdamW, SGD, and Muon."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -138,12 +139,24 @@ class Muon(torch.optim.Optimizer):
         self.dtype = dtype
 
     @torch.no_grad()
-    def step(self) -> None:
-        """Updates every parameter from its gradient; those without one stay."""
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Updates every parameter from its gradient; those without one stay.
+
+        Args:
+            closure: computes the loss and the gradients anew, as torch's optimisers take it.
+
+        Returns:
+            What the closure returned; None without one.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         for group in self.param_groups:
             for weight in group["params"]:
                 if weight.grad is not None:
                     self._update(weight, group)
+        return loss
 
     def _update(self, weight: Tensor, group: dict[str, Any]) -> None:
         state = self.state[weight]

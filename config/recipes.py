@@ -134,8 +134,17 @@ def custom(given: dict[str, Any]) -> CustomSettings:
 
     Those are the recipe's; where another optimiser is given than its own, what that one needs
     replaces what belongs to the recipe's. Of one's own pictures see `by_number`.
+
+    Raises:
+        UnusableInput: see `Settings`; or a rate of Muon is given to another optimiser.
     """
-    return CustomSettings(**_custom_defaults(given) | _unsettled(given) | given)
+    chosen = CustomSettings(**_custom_defaults(given) | _unsettled(given) | given)
+    if given.get("muon_lr") and chosen.optimizer != "muon":
+        raise UnusableInput(
+            f"--muon-lr {chosen.muon_lr}: {chosen.optimizer} has no such rate; add --optimizer "
+            "muon, or leave it out"
+        )
+    return chosen
 
 
 def _custom_defaults(given: dict[str, Any]) -> dict[str, Any]:

@@ -18,8 +18,8 @@ from errors import UnusableInput, printable
 from reports.export import stored_side
 from reports.heat_map import heat_maps
 from reports.picture_list import as_text
-from sources import pictures
-from sources.picture_folder import read_all
+from sources import found, pictures
+from sources.picture_folder import print_paragraph, read_all
 from storage.files import write_atomically
 
 MOST_DRAWN = 50  # pictures in one figure
@@ -138,7 +138,7 @@ def classify(
     Raises:
         UnusableInput: some pictures could not be read; the others have been classified.
     """
-    files = list(pictures.find(expanded(paths)))
+    files, passed_over = _listed(expanded(paths))
     if not files:
         given = " ".join(printable(path) for path in paths)
         raise UnusableInput(f"--predict {given}: no pictures there; give files or their folder")
@@ -147,6 +147,9 @@ def classify(
         names = {file: printable(file) for file in files}
     width = min(max(len(name) for name in names.values()), 40)
     temperature = saved["metrics"].get("temperature")
+    text = found.left_out_text({"other_files": [str(file) for file in passed_over]})
+    if text:
+        print_paragraph(text)
     print(_heading(saved, tta), flush=True)
     table = Table(saved["classes"], tta, temperature, first="file", with_truth=False)
     num_classified = 0
@@ -176,13 +179,27 @@ def classify(
 
 def expanded(paths: Iterable[Path]) -> list[Path]:
     """Paths with the files that wildcards stand for, which the shell of Windows leaves as typed."""
-    found = []
+    named = []
     for path in paths:
         matches = []
         if set(str(path)) & WILDCARDS and not path.exists():
             matches = [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
-        found += matches or [path]
-    return found
+        named += matches or [path]
+    return named
+
+
+def _listed(paths: Iterable[Path]) -> tuple[list[Path], list[Path]]:
+    """The files to classify, and those in folders that are not called like pictures."""
+    files = []
+    passed_over = []
+    for path in paths:
+        if path.is_dir():
+            inside, others = pictures.search(path)
+            files += inside
+            passed_over += others
+        else:
+            files.append(path)
+    return files, passed_over
 
 
 def _classified(

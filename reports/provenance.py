@@ -129,7 +129,8 @@ def hardware(device: torch.device) -> str:
             if line.startswith("model name"):
                 name = line.split(": ", 1)[1]
                 break
-    text = f"{_num_cores()} cores {name.strip()}"
+    count = _num_cores()
+    text = f"{count} {'core' if count == 1 else 'cores'} {name.strip()}"
     features = cpu_features()
     if features.get("amx_bf16"):
         return f"{text}, amx_bf16"

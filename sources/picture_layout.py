@@ -11,7 +11,7 @@ from sources.pictures import HIDDEN, find, has_picture_ending, search
 
 SPLITS = ("test", "val", "train")  # copies in several of them count in the first one alone
 MAX_CLASSES = 1000
-# What folders of splits are called, in capitals or not.
+# What folders of splits are called, in capitals or not, with "_set" or "-set" behind it or not.
 _SPLIT_OF = {
     "train": "train",
     "training": "train",
@@ -79,7 +79,8 @@ def by_labels(path: Path, list_path: Path) -> Listing:
     """Lists a folder whose classes stand in a CSV: a row for each picture, its name and its label.
 
     A name may be a path below the folder or a file's name alone, with its ending or without. The
-    first row may be a heading. Pictures that it does not name are left out.
+    first row may be a heading, which does not end as the names of pictures do. Pictures that it
+    does not name are left out.
 
     Raises:
         UnusableInput: the list cannot be read, names a picture that is not there or could be
@@ -145,7 +146,10 @@ def class_name(folder: str) -> str:
 
 def split_of(folder: str) -> str | None:
     """The split that a folder's name stands for; None if it names none."""
-    return _SPLIT_OF.get(folder.casefold())
+    name = folder.casefold()
+    for ending in ("_set", "-set"):
+        name = name.removesuffix(ending)
+    return _SPLIT_OF.get(name)
 
 
 def relative(file: Path, path: Path) -> str:
@@ -303,9 +307,11 @@ def _rows(path: Path) -> list[tuple[str, str]]:
 
 
 def _is_heading(rows: list[tuple[str, str]], find_named: _Finder) -> bool:
-    """Whether the first row names no picture, and no label of others."""
+    """Whether the first row names no picture, not even an absent one, and no label of others."""
     given, label = rows[0]
-    return not find_named(given) and all(label != other for _, other in rows[1:])
+    if find_named(given) or has_picture_ending(Path(given)):
+        return False
+    return all(label != other for _, other in rows[1:])
 
 
 def _examples(names: Iterable[str]) -> str:

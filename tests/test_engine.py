@@ -229,6 +229,25 @@ def test_an_optimiser_also_steps_outside_the_loop(kind):
     assert not any(map(torch.equal, before, model.parameters()))
 
 
+def test_muon_takes_a_closure_as_other_optimisers_do():
+    ends = []
+    x = torch.randn(16, 3, 8, 8)
+    for with_closure in (False, True):
+        torch.manual_seed(0)
+        model, optimizer = beginning("muon")
+
+        def closure(model=model):
+            loss = model(x).square().mean()
+            loss.backward()
+            return loss
+
+        loss = optimizer.step(closure) if with_closure else closure()
+        if not with_closure:
+            assert optimizer.step() is None
+        ends.append([loss.detach(), *model.parameters()])
+    assert all(map(torch.equal, *ends))
+
+
 @pytest.mark.parametrize("optimizer", recipes.BY_OPTIMIZER)
 @pytest.mark.parametrize("recipe", recipes.BY_RECIPE)
 def test_every_recipe_trains_with_every_optimiser(sample, monkeypatch, recipe, optimizer):

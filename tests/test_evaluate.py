@@ -100,10 +100,12 @@ def test_own_pictures_are_classified_and_an_unreadable_one_is_named(run, refused
         Path("photos").mkdir(exist_ok=True)
         image.save(f"photos/{index}.jpg")
     Path("photos/\x1b[31m\nbroken.png").write_text("no picture")
+    Path("photos/notes.txt").touch()
     done = run(
         "evaluate", trained, "--predict", "photos", "--figure", "seen.png", "--predictions", "p.csv"
     )
-    heading, *lines = done.out.splitlines()
+    left_out, heading, *lines = done.out.splitlines()
+    assert left_out == "left out: 1 without an ending of a picture (like photos/notes.txt)"
     assert heading.startswith("probabilities: averaged over views (flip), not calibrated")
     assert [line.split()[0] for line in lines] == ["0.jpg", "1.jpg", "drawn", "listed"]
     assert [row["file"] for row in table("p.csv")] == ["photos/0.jpg", "photos/1.jpg"]

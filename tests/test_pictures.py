@@ -774,7 +774,14 @@ def test_the_list_of_pictures_runs_no_formula_in_a_spreadsheet(tmp_path):
         ]
 
 
-@pytest.mark.parametrize("names", [("Training", "DEV", "testing"), ("train", "Valid", "TEST")])
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("Training", "DEV", "testing"),
+        ("train", "Valid", "TEST"),
+        ("training_set", "VAL-set", "Test_Set"),
+    ],
+)
 def test_folders_of_splits_may_have_other_usual_names(tmp_path, names):
     for number, split in enumerate(names):
         classes(tmp_path / split, (("cat", 3), ("dog", 3)), first=100 * number)
@@ -877,6 +884,7 @@ def test_a_list_of_labels_names_pictures_with_or_without_ending_and_folder(
     [
         ("00001,cat\n00002,dog\nnone,cat\n", "1 named, but not in .*photos .like none.; correct"),
         ("none,cat\n00002,dog\n00001,cat\n", "1 named, but not in"),  # is no heading
+        ("gone.png,owl\n00002,dog\n00001,cat\n", "1 named, but not in .*gone.png"),
         ("00001,cat\n00002,dog\n00001.png,dog\n", "1 pictures with two labels .like 00001.png"),
         ("00000,cat\n00002,dog\n", "1 names of several pictures; give their paths below"),
         ("00001,cat\n00002,cat\n", "1 different labels; make it two to 1,000"),
