@@ -47,6 +47,14 @@ class Probabilities(nn.Module):
         return (self.network(x) / self.temperature).softmax(1)
 
 
+class HighestOfMap(nn.Module):
+    """What `nn.AdaptiveMaxPool2d(1)` computes; older exporters to ONNX know no such layer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (B, C, H, W) to (B, C, 1, 1)."""
+        return x.amax((2, 3), keepdim=True)
+
+
 def write(path: Path, network: nn.Module, saved: dict[str, Any]) -> None:
     """Writes a network as ONNX or as a program of torch.export, by the ending.
 
@@ -56,13 +64,16 @@ def write(path: Path, network: nn.Module, saved: dict[str, Any]) -> None:
 
     Args:
         path: ends in .onnx, which needs the packages onnx and onnxscript, or in .pt2.
-        network: on the CPU; its weights are laid out anew.
+        network: on the CPU; its weights are laid out anew, its last pool is exchanged.
         saved: what its checkpoint says of it.
     """
     stats = data.ChannelStats(tuple(saved["mean"]), tuple(saved["std"]))
     temperature = saved["metrics"].get("temperature")
     side = saved.get("image_size", 32)
     network.to(memory_format=torch.contiguous_format)  # as torch.export.save expects weights
+    for name, module in list(network.named_modules()):
+        if isinstance(module, nn.AdaptiveMaxPool2d) and module.output_size == 1:
+            network.set_submodule(name, HighestOfMap())
     model = Probabilities(network, stats, side, temperature).eval()
     described = metadata(saved)
     example = torch.zeros(2, side + 8, side + 8, 3, dtype=torch.uint8)  # of a side that resizes
