@@ -130,7 +130,8 @@ def evaluate_checkpoint(
     """Evaluates a checkpoint on its test images; writes its test.json, pictures and page.
 
     On other images, and of an unfinished run, all that goes beside them: test-NAME.json, and
-    pictures and page in a folder test-NAME/.
+    pictures and page in a folder test-NAME/. NAME is the images' folder; of another folder of the
+    same name it is NAME-2.
 
     Args:
         path: the checkpoint.
@@ -178,9 +179,10 @@ def evaluate_checkpoint(
             suffix.append("unfinished")
         if asked.note:
             place = pictures or Path(saved["config"]["pictures"])
+            report["folder"] = str(place.resolve())
             suffix.append(place.resolve().name or "pictures")
-        page_dir = run_dir / "-".join(["test", *suffix])
-        report_path = run_dir / f"{page_dir.name}.json"
+        report_path = _free_report(run_dir, "-".join(["test", *suffix]), report.get("folder"))
+        page_dir = report_path.with_suffix("")
     else:
         page_dir = run_dir
         report_path = run_dir / "test.json"
@@ -227,6 +229,16 @@ def draw_batch(path: Path, name: str, batches: TrainBatches, splits: Splits) -> 
     mean, std = (torch.tensor(values)[:, None, None] for values in splits.stats)
     images = (x[:32].cpu() * std + mean).clamp(0, 1).permute(0, 2, 3, 1)
     figures.batch(images, labels.cpu(), splits.classes, path, f"{name}: what the network sees")
+
+
+def _free_report(run_dir: Path, name: str, folder: str | None) -> Path:
+    """The path NAME.json, or the first of NAME-2.json, ... that reports on no other folder."""
+    path = run_dir / f"{name}.json"
+    number = 1
+    while path.exists() and read_json(path).get("folder", folder) != folder:
+        number += 1
+        path = run_dir / f"{name}-{number}.json"
+    return path
 
 
 def draw(

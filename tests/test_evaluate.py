@@ -268,6 +268,13 @@ def test_another_labelled_folder_is_evaluated_beside_the_runs_own_test(
     assert "labelled pictures in new" in Path("results/custom_cnn/test-new/index.html").read_text()
     assert sorted(row["file"] for row in table("p.csv")) == [f"left/{n}.png" for n in range(6)]
     assert {row["true"] for row in table("p.csv")} == {"left"}
+    for number in range(2):  # another folder of this name keeps that report
+        picture(Path(f"other/new/left/{number}.png"), 50 + number)
+    for _ in range(2):
+        assert run("evaluate", of_sides, "--pictures", "other/new").code == 0
+    assert report("results/custom_cnn/test-new.json")["n"] == 6
+    assert report("results/custom_cnn/test-new-2.json")["n"] == 2
+    assert not Path("results/custom_cnn/test-new-3.json").exists()
 
     picture(Path("new/up/0.png"), 9)
     error = refused("evaluate", of_sides, "--pictures", "new")
