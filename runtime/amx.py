@@ -24,7 +24,7 @@ GEOMETRY = {
 
 
 def cpu_features() -> dict[str, bool | int | str]:
-    """What this processor has, such as "avx512_bf16"; nothing where torch, like 2.6, cannot say."""
+    """What this processor has, such as "avx512_bf16"; nothing where torch, like 2.8, cannot say."""
     return dict(getattr(torch.cpu, "get_capabilities", dict)())
 
 

@@ -129,7 +129,7 @@ import {script}; sys.exit({script}.main(sys.argv[1:]))
 PIPED = {"env": ENVIRONMENT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
 
 
-# Warnings are errors; torch 2.6 leaves a temporary folder of its own to be removed at the end.
+# Warnings are errors; older torch leaves a temporary folder of its own to be removed at the end.
 WARNINGS = ("-W", "error", "-W", "ignore:Implicitly cleaning up:ResourceWarning")
 
 
