@@ -203,24 +203,30 @@ def fix_batchnorm_scales(model: nn.Module) -> None:
             module.weight.requires_grad_(False)
 
 
-def create_model(arch: str, arguments: dict[str, Any], num_classes: int) -> nn.Module:
+def create_model(
+    arch: str, arguments: dict[str, Any], num_classes: int, device: str = "cpu"
+) -> nn.Module:
     """Builds a network with random weights from what a checkpoint says of it.
 
     Args:
         arch: "custom_cnn" or a key of `pretrained.ARCHS`.
         arguments: keyword arguments of `CustomCNN` or `pretrained.PretrainedNetwork`.
         num_classes: width of the last layer.
+        device: where its weights lie; "meta" takes neither memory nor random numbers.
 
     Raises:
         ValueError: the architecture or one of the arguments is unknown.
     """
     try:
         if arch == "custom_cnn":
-            return CustomCNN(**arguments, num_classes=num_classes)
-        from pretrained import ARCHS, PretrainedNetwork  # torchvision takes seconds to import
+            with torch.device(device):
+                return CustomCNN(**arguments, num_classes=num_classes)
+        # torchvision takes seconds to import, and torch 2.8 cannot do so where a device is set.
+        from pretrained import ARCHS, PretrainedNetwork
 
         if arch in ARCHS:
-            return PretrainedNetwork(arch, **arguments, num_classes=num_classes)
+            with torch.device(device):
+                return PretrainedNetwork(arch, **arguments, num_classes=num_classes)
     except (TypeError, LookupError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"arguments {arguments} do not fit architecture {arch}: {error}"

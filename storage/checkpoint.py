@@ -176,8 +176,9 @@ def load_unfinished(
 
 def _rebuilt(content: dict[str, Any], state: dict[str, Tensor]) -> nn.Module:
     try:
-        with torch.device("meta"):  # no memory and no random numbers for what is replaced
-            network = create_model(content["arch"], content["surgery"], len(content["classes"]))
+        network = create_model(
+            content["arch"], content["surgery"], len(content["classes"]), device="meta"
+        )
     except ValueError as error:
         raise Unreadable(str(error)) from error
     try:
