@@ -22,10 +22,9 @@ def parameter_groups(
     """Groups the trainable parameters for `make_optimizer`; empty groups are left out.
 
     Decay spares biases and BatchNorm: it would pull scales towards 0 without making the function
-    any simpler. There are two exceptions. Adam decays every parameter, as the original project did:
-    the decay is added to the gradient. With Muon the decay of biases is divided by their
-    `bias_lr_scale`, so that they shrink as fast as the classifier. Muon steps all kernels and
-    matrices but the classifier's.
+    any simpler. There are two exceptions. Adam decays every parameter, by adding to the gradient.
+    With Muon the decay of biases is divided by their `bias_lr_scale`, so that they shrink as fast
+    as the classifier. Muon steps all kernels and matrices but the classifier's.
 
     Args:
         model: its parameters with `requires_grad`.

@@ -1,9 +1,10 @@
 """Pictures of one's own: what a few are enough for, and how soon a training on many of them starts.
 
-The folders are written out of CIFAR-10 first. Few: PNG files, as many of a class as the case says,
-and test images in a folder of their own; measured is `finetune.py`, the whole command without flags
-that fit it to the case, and after it, with `--fastai`, fastai on the same folder. Many: photographs
-of 640x480 pixels, about 100 KB as JPEG; measured from the command to the first step.
+Few: folders written out of CIFAR-10, PNG files, as many of a class as the case says, and test
+images in a folder of their own; or folders that are given. Measured is `finetune.py`, the whole
+command without flags that fit it to the case, and after it, with `--fastai`, fastai on the same
+folder. Many: photographs of 640x480 pixels made of CIFAR-10, about 100 KB as JPEG; measured from
+the command to the first step.
 """
 
 import json
@@ -27,7 +28,11 @@ from sources.cifar10 import CLASSES, cifar10
 
 
 class Case(NamedTuple):
-    """A set of pictures: of each class the first of CIFAR-10's training and test images."""
+    """A set of pictures out of CIFAR-10.
+
+    Seed s takes the s-th so many training images of each class, counted from 0: what few pictures
+    are worth depends much on which they are. The test images are the first of each class.
+    """
 
     counts: dict[str, int]  # training images of a class
     num_test: int  # of each class
@@ -42,11 +47,11 @@ CASES = {
 }
 
 
-def write_case(folder: Path, case: Case, data: Arrays) -> None:
+def write_case(folder: Path, case: Case, seed: int, data: Arrays) -> None:
     """Writes `train/` and `test/` of a case, numbered PNG files in a folder per class."""
     for name, count in case.counts.items():
         label = CLASSES.index(name)
-        train = data.train_images[data.train_labels == label][:count]
+        train = data.train_images[data.train_labels == label][seed * count :][:count]
         test = data.test_images[data.test_labels == label][: case.num_test]
         for split, images in (("train", train), ("test", test)):
             place = folder / split / name
@@ -149,6 +154,7 @@ def main() -> None:
     """The command line."""
     parser = common.parser(__file__, __doc__)
     parser.add_argument("--cases", nargs="*", choices=CASES, default=list(CASES))
+    parser.add_argument("--folders", nargs="*", type=Path, default=[], help="each another case")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of each case")
     parser.add_argument("--many", type=int, default=20_000, help="photographs; 0 leaves them out")
     parser.add_argument("--flags", default="--arch resnet18", help="of finetune.py, for all")
@@ -158,13 +164,15 @@ def main() -> None:
     args = parser.parse_args()
     data = cifar10(args.data_dir)
     figures: dict[str, Any] = {"flags": args.flags, "cases": {}, "fastai": {}}
-    for name in args.cases:
-        rows = figures["cases"][name] = []
-        others = figures["fastai"][name] = []
-        with tempfile.TemporaryDirectory() as place:
-            pictures = Path(place) / "pictures"
-            write_case(pictures, CASES[name], data)
-            for seed in args.seeds:
+    for name in (*args.cases, *args.folders):
+        rows = figures["cases"][Path(name).name] = []
+        others = figures["fastai"][Path(name).name] = []
+        for seed in args.seeds:
+            with tempfile.TemporaryDirectory() as place:
+                pictures = name
+                if name in CASES:
+                    pictures = Path(place) / "pictures"
+                    write_case(pictures, CASES[name], seed, data)
                 rows.append(fine_tune(pictures, Path(place), args.flags, seed))
                 common.write(args, figures)
                 if args.fastai:

@@ -43,33 +43,21 @@ Rows = Sequence[Mapping[str, Any]]
 _boxes_said: list[frozenset[str]] = []  # characters that no font has; said of the first alone
 
 
-def curves(history: Rows, path: Path, title: str, reference: float | None = None) -> None:
+def curves(history: Rows, path: Path, title: str) -> None:
     """Loss, accuracy and learning rate by epoch, as the rows of `history.csv` hold them.
 
-    Values that are absent, empty or NaN are left out; one row at least. `reference` is the accuracy
-    of the original project, a fraction, drawn as a thin line.
+    Values that are absent, empty or NaN are left out; one row at least.
     """
     with drawing(path, 10, 4.3, title) as figure:
         loss, accuracy, rate = figure.subplots(1, 3, width_ratios=(4, 4, 3))
         _line(loss, history, "train_loss", 1, color=ORANGE)
         _line(loss, history, "val_loss", 1, color=BLUE)
-        training = "training: augmented images, weights still moving; label smoothing in the loss"
+        training = "training: weights still moving; augmentation and label smoothing where set"
         _line(accuracy, history, "train_accuracy", 100, color=ORANGE, label=training)
         validation = "validation: images as they are, weights at the end of the epoch"
         _line(accuracy, history, "val_accuracy", 100, color=BLUE, label=validation)
         _line(rate, history, "lr", 1, color=GREY)
         rate.set_ylim(0, 1.05 * rate.get_ylim()[1])
-        if reference is not None:
-            accuracy.axhline(100 * reference, color=GREY, linewidth=0.8, linestyle=":")
-            accuracy.annotate(
-                f"original project, {100 * reference:.1f} %",
-                (0.99, 100 * reference),
-                xycoords=("axes fraction", "data"),
-                ha="right",
-                va="top",
-                color=GREY,
-                fontsize=8,
-            )
         last_epoch = float(history[-1]["epoch"])
         panels = {
             "Loss (cross-entropy, nats)": loss,

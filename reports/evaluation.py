@@ -25,14 +25,6 @@ from storage import history
 from storage.files import read_json, sha256, write_json
 
 Row = dict[str, Any]
-# Test accuracy on CIFAR-10 of the student project that this repository replaces.
-ORIGINAL = {
-    "custom_cnn": 0.8726,
-    "vgg19": 0.796,
-    "resnet18": 0.8107,
-    "resnet50": 0.8055,
-    "mobilenet_v3_small": 0.3985,
-}
 WORST_SHOWN = 10  # classes named on the screen where there are more
 
 
@@ -269,9 +261,6 @@ def draw(
     images = splits.test.images.cpu()
     matrix = metrics.confusion_matrix(logits, labels)
     probabilities = predictions.probabilities(logits, temperature)
-    reference = None
-    if not described["config"].get("pictures"):
-        reference = ORIGINAL.get(described["arch"])
 
     def picture(kind: str, function: Callable[..., None], *arguments: Any) -> None:
         path = run_dir / f"{kind}.png"
@@ -286,7 +275,7 @@ def draw(
         figures.mistakes(images, labels, probabilities, splits.classes, path, name, calibrated)
 
     def curves(path: Path, name: str) -> None:
-        figures.curves(rows, path, name, reference)
+        figures.curves(rows, path, name)
 
     picture("confusion_matrix", figures.confusion_matrix, matrix, splits.classes)
     picture("mistakes", mistakes)

@@ -71,17 +71,6 @@ def test_curves_show_what_the_history_holds(tmp_path, history, validated):
     assert shows(panels[2], figures.GREY)
 
 
-def test_the_original_projects_accuracy_is_a_line_across_the_accuracy_panel_alone(tmp_path):
-    figures.curves(HISTORY, tmp_path / "without.png", "a run")
-    figures.curves(HISTORY, tmp_path / "with.png", "a run", reference=0.8726)
-    counts = [
-        [count(panel, figures.GREY) for panel in np.array_split(array, [425, 840], axis=1)]
-        for array in (pixels(tmp_path / f"{name}.png") for name in ("without", "with"))
-    ]
-    assert counts[1][1] > counts[0][1] + 50
-    assert counts[1][::2] == counts[0][::2]
-
-
 def test_confusion_matrix_colours_the_mistakes_on_their_own_scale(tmp_path):
     matrix = 990 * torch.eye(10, dtype=torch.int64)
     matrix[3, 5] = 10  # 1 % must be as dark as anything gets
