@@ -149,9 +149,11 @@ def train(settings: FineTuneSettings, command: str) -> None:
             epochs=settings.epochs,
             lr=settings.lr,
             warmup=settings.warmup,
+            schedule="constant" if settings.average else "cosine",
             precision=precision,
             label_smoothing=settings.label_smoothing,
             class_weights=weights_of_classes,
+            average=settings.average,
             progress=training.progress,
         )
         training.follow(steps, validation)

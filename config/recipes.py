@@ -65,6 +65,7 @@ _FINE_TUNING: dict[str, Any] = {
     "warmup": 0.1,
     "weight_decay": 0.05,
     "dropout": 0.2,
+    "average": 0.0,
     "label_smoothing": 0.1,
     "flip": "alternating",
     "translate": 0,
@@ -107,7 +108,7 @@ BY_NETWORK = {
     },
 }
 # Of one's own pictures there are few, mostly, and most are larger than CIFAR-10's 32 pixels.
-OWN_PICTURES: dict[str, dict[str, Any]] = {"resnet18": {"image_size": 160}}
+OWN_PICTURES: dict[str, dict[str, Any]] = {"resnet18": {"image_size": 160, "average": 0.6}}
 # Nothing to keep, more to learn.
 FROM_SCRATCH: dict[str, Any] = {"unfreeze": "all", "stage_lr_scale": 1.0, "epochs": 10}
 

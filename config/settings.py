@@ -255,6 +255,15 @@ class FineTuneSettings(Settings):
     )
     # Not Muon: it sets the norms of the layers, and pretrained ones are to keep theirs.
     optimizer: str = setting("adamw", FIT, "how gradients become steps", choices=("adam", "adamw"))
+    average: float = setting(
+        None,
+        FIT,
+        "share of the steps, the last ones, whose weights are averaged; the learning rate then "
+        "does not fall",
+        at_least=0,
+        below=1.001,
+        own="resnet18 0.6",
+    )
     stage_lr_scale: float = setting(
         None, FIT, "learning rate of each stage, times that of the next", at_least=0, below=2
     )

@@ -291,6 +291,8 @@ class Training:
             "device_rng": [kept["device_rng"] for kept in of_each_process],
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "averages": at.averages,
+            "num_averaged": at.num_averaged,
         }
         is_saved = self._attempt(checkpoint.save_state, self.run.state_path, state)
         if is_saved:
@@ -317,7 +319,13 @@ class Training:
             own_sums = sums.sum(0)
         else:
             own_sums = torch.zeros(3)
-        self.progress = Progress(state["epoch"], state["step"], sums=own_sums)
+        self.progress = Progress(
+            state["epoch"],
+            state["step"],
+            sums=own_sums,
+            averages=state.get("averages", []),  # older states have none
+            num_averaged=state.get("num_averaged", 0),
+        )
         self.kept_place = _place(self.progress)
 
     def _attempt(self, write: Callable[[Path, Any], None], path: Path, content: Any) -> bool:

@@ -98,6 +98,7 @@ def test_learning_rate_rises_linearly_and_falls_as_a_cosine_or_a_line_to_zero():
     assert engine.lr_factor(0, 100, 0.0) == 1.0
     line = [engine.lr_factor(step, 100, 0.2, "linear") for step in range(20, 100)]
     np.testing.assert_allclose(line, 1 - np.arange(80) / 80)
+    assert [engine.lr_factor(step, 100, 0.2, "constant") for step in (20, 60, 99)] == [1, 1, 1]
 
 
 def test_training_yields_each_step_and_each_end_of_an_epoch_with_sums_of_the_epoch(loader):
@@ -328,6 +329,20 @@ def test_after_many_steps_statistics_are_those_of_the_momentum_to_the_bit():
         usual(x)
     assert torch.equal(model[0].running_mean, usual.running_mean)
     assert torch.equal(model[0].running_var, usual.running_var)
+
+
+def test_the_averaged_weights_are_the_mean_of_the_last_steps_with_statistics_of_their_own():
+    model, optimizer = normalising()
+    loader = Few(100)
+    scales = []
+    for at in engine.train(model, optimizer, loader, epochs=2, lr=1e-3, average=0.25):
+        if at.step:
+            scales.append(model[0].weight.detach().clone())
+        elif at.epoch == 1:
+            assert torch.equal(model[0].weight, scales[-1])  # until the end nothing is replaced
+    torch.testing.assert_close(model[0].weight.detach(), torch.stack(scales[-50:]).mean(0))
+    means = loader.x[: engine.MEASURED].mean((0, 1, 3, 4))
+    torch.testing.assert_close(model[0].running_mean, means)
 
 
 def test_frozen_batchnorm_statistics_do_not_move():

@@ -270,7 +270,11 @@ def test_the_cache_runs_the_backbone_twice_an_image_and_changes_no_bit(
     assert outcome(".", "with") == outcome(".", "without")
 
 
-@pytest.mark.parametrize("more", [("last",), ("head", "--no-cache")], ids=["cache", "plain"])
+@pytest.mark.parametrize(
+    "more",
+    [("last",), ("head", "--no-cache"), ("most", "--average", "0.8")],
+    ids=["cache", "plain", "average"],
+)
 def test_finetuning_with_dropout_resumes_to_the_same_bits(run, signal_at, more):
     common = (*TINY, "--weights", "none", "--epochs", "2", "--unfreeze", *more, "--run-name")
     assert run(*common, "whole").code == 0
