@@ -9,6 +9,7 @@ from typing import Any
 from config import commandline
 from errors import UnusableInput, printable
 from runtime import launch
+from storage import outputs
 
 EXAMPLES = """\
 examples:
@@ -17,7 +18,8 @@ examples:
   python evaluate.py checkpoints/custom_cnn.pt --export custom_cnn.onnx
   python evaluate.py         all finished checkpoints, and a table of all runs
 
-Numbers and pictures go to results/NAME/."""
+Numbers and pictures go to results/NAME/. A file that a flag names is replaced
+only where the same flag has written it."""
 UNFINISHED = ".resume.pt"  # how the names of states end
 ENDINGS = (".onnx", ".pt2")  # of what --export writes
 ONNX_PACKAGES = ("onnx", "onnxscript")  # which torch writes ONNX with
@@ -117,6 +119,10 @@ def _check(args: argparse.Namespace) -> None:
         )
     if args.figure and not args.predict:
         raise UnusableInput("--figure draws what --predict saw: give --predict PATH too")
+    if args.figure:
+        outputs.check("--figure", args.figure, (".png",))
+    if args.predictions:
+        outputs.check("--predictions", args.predictions, (".csv",))
     if args.export:
         _check_export(args)
     if args.predict and args.pictures:
@@ -145,6 +151,7 @@ def _check_export(args: argparse.Namespace) -> None:
     for option in ("predict", "predictions", "pictures", "tta"):
         if getattr(args, option):
             raise UnusableInput(f"--export writes the network alone: leave --{option} out")
+    outputs.check("--export", args.export, ENDINGS)
     if launch.WORLD_SIZE > 1:
         raise UnusableInput("--export under torchrun: one process writes the file; run it alone")
 

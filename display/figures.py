@@ -23,6 +23,7 @@ from torch import Tensor
 import metrics
 from errors import printable
 from storage.files import tell, write_atomically
+from storage.outputs import FIGURE_MARK
 
 os.environ["MPLBACKEND"] = "agg"  # a notebook's that is not installed would stop the next line
 from matplotlib import colormaps, font_manager, style
@@ -238,7 +239,7 @@ def predictions(rows: Sequence[tuple], path: Path, title: str, calibrated: bool 
     names = [short(name, 32) for name, *_ in rows]
     tops = [[(short(text), share) for text, share in top] for *_, top in rows]
     drawn = [*names, *(text for top in tops for text, _ in top)]
-    with drawing(path, 10, 0.9 + 1.45 * len(rows), title, drawn) as figure:
+    with drawing(path, 10, 0.9 + 1.45 * len(rows), title, drawn, FIGURE_MARK) as figure:
         grid = figure.subplots(len(rows), 4, squeeze=False, width_ratios=(3, 3, 3, 5))
         for number, (_, given, seen, heat, top) in enumerate(rows):
             left, middle, decided, right = grid[number]
@@ -327,11 +328,17 @@ def _reliability(
 
 @contextmanager
 def drawing(
-    path: Path, width: float, height: float, title: str, names: Iterable[str] = ()
+    path: Path,
+    width: float,
+    height: float,
+    title: str,
+    names: Iterable[str] = (),
+    software: str = "cifar10-pytorch",
 ) -> Iterator[Figure]:
     """A figure of so many inches, saved where the block ends.
 
-    `names` are the texts from outside, in any script, that the block will draw.
+    `names` are the texts from outside, in any script, that the block will draw; `software` is what
+    the PNG says that it was made with.
     """
     title = printable(title)
     characters = frozenset(printable("".join([title, *names])))
@@ -342,7 +349,8 @@ def drawing(
         figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)  # inches
         figure.suptitle(textwrap.fill(title, int(10 * width)))  # characters that fit
         yield figure
-        write_atomically(path, lambda file: figure.savefig(file, format="png"))
+        metadata = {"Software": software}
+        write_atomically(path, lambda file: figure.savefig(file, format="png", metadata=metadata))
 
 
 @cache

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 import data
 from storage.files import write_atomically
-
-METADATA = "metadata.json"  # of the extra files in a .pt2
+from storage.outputs import EXPORT_METADATA
 
 
 class Probabilities(nn.Module):
@@ -60,7 +59,7 @@ def write(path: Path, network: nn.Module, saved: dict[str, Any]) -> None:
 
     Input `images` is (N, H, W, 3) uint8, output `probabilities` (N, C) float32; N, H and W are
     free. What else a program must know goes into the file, see `metadata`: in ONNX as its metadata,
-    in a .pt2 as the extra file `METADATA`.
+    in a .pt2 as the extra file `EXPORT_METADATA`.
 
     Args:
         path: ends in .onnx, which needs the packages onnx and onnxscript, or in .pt2.
@@ -94,7 +93,7 @@ def write(path: Path, network: nn.Module, saved: dict[str, Any]) -> None:
         content = onnx.model_proto.SerializeToString()
     else:
         file = io.BytesIO()
-        torch.export.save(program, file, extra_files={METADATA: json.dumps(described)})
+        torch.export.save(program, file, extra_files={EXPORT_METADATA: json.dumps(described)})
         content = file.getvalue()
     write_atomically(path, content)
 

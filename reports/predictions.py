@@ -3,6 +3,7 @@
 import csv
 import glob
 import io
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ from reports.picture_list import as_text
 from sources import found, pictures
 from sources.picture_folder import print_paragraph, read_all
 from storage.files import write_atomically
+from storage.outputs import LIST_COLUMNS
 
 MOST_DRAWN = 50  # pictures in one figure
 WILDCARDS = set("*?[")
@@ -58,7 +60,7 @@ class Table:
         self.text = io.StringIO()
         self.rows = csv.writer(self.text, lineterminator="\n")
         true = ["true"] if with_truth else []
-        self.rows.writerow([first, *true, "predicted", "views", "calibrated", *self.names])
+        self.rows.writerow([first, *true, *LIST_COLUMNS, *self.names])
 
     def add(self, picture: str | int, label: int | None, shares: Tensor) -> None:
         """Adds a row.
@@ -136,9 +138,10 @@ def classify(
         batch_size: images of 32x32 pixels at a time.
 
     Raises:
-        UnusableInput: some pictures could not be read; the others have been classified.
+        UnusableInput: a picture is the figure's own file; or some pictures could not be read, and
+            the others have been classified.
     """
-    files, passed_over = _listed(expanded(paths))
+    files, passed_over = _listed(expanded(paths), figure)
     if not files:
         given = " ".join(printable(path) for path in paths)
         raise UnusableInput(f"--predict {given}: no pictures there; give files or their folder")
@@ -188,18 +191,30 @@ def expanded(paths: Iterable[Path]) -> list[Path]:
     return named
 
 
-def _listed(paths: Iterable[Path]) -> tuple[list[Path], list[Path]]:
-    """The files to classify, and those in folders that are not called like pictures."""
+def _listed(paths: Iterable[Path], figure: Path | None) -> tuple[list[Path], list[Path]]:
+    """The files to classify, and those in folders that are not called like pictures.
+
+    The figure of an earlier call is none of the pictures in a folder.
+    """
     files = []
     passed_over = []
     for path in paths:
         if path.is_dir():
             inside, others = pictures.search(path)
-            files += inside
+            files += [file for file in inside if not _same(file, figure)]
             passed_over += others
+        elif _same(path, figure):
+            raise UnusableInput(
+                f"--figure {printable(figure)}: is one of the pictures of --predict; give another "
+                "name"
+            )
         else:
             files.append(path)
     return files, passed_over
+
+
+def _same(path: Path, other: Path | None) -> bool:
+    return other is not None and os.path.realpath(path) == os.path.realpath(other)
 
 
 def _classified(

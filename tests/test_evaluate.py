@@ -119,6 +119,48 @@ def test_own_pictures_are_classified_and_an_unreadable_one_is_named(run, refused
     assert "no pictures there" in refused("evaluate", trained, "--predict", "checkpoints")
 
 
+def test_what_a_flag_names_is_replaced_only_where_the_same_flag_wrote_it(
+    run, refused, trained, sample
+):
+    Path("photos").mkdir()
+    for index in range(3):
+        Image.fromarray(sample["test_images"][index]).save(f"photos/{index}.png")
+    Path("labels.csv").write_text("file,label\nphotos/0.png,cat\n")
+    shutil.copy("photos/0.png", "elsewhere.png")
+    Path("link.csv").symlink_to("labels.csv")
+    Path("folder.csv").mkdir()
+    Path("other.onnx").write_bytes(b"a network of another program")
+    Path("other.pt2").write_bytes(trained.read_bytes())
+    before = {file: file.read_bytes() for file in Path().rglob("*.*") if file.is_file()}
+    ask = ("evaluate", trained, "--predict", "photos")
+    for option, name, words in (
+        ("--figure", "seen.jpg", "the ending must be .png"),
+        ("--figure", trained, "the ending must be .png"),
+        ("--figure", "photos/0.png", "--figure has not written it; give another name"),
+        ("--figure", "elsewhere.png", "--figure has not written it"),
+        ("--predictions", trained, "the ending must be .csv"),
+        ("--predictions", "labels.csv", "--predictions has not written it"),
+        ("--predictions", "link.csv", "--predictions has not written it"),
+        ("--predictions", "results/custom_cnn/history.csv", "--predictions has not written it"),
+        ("--predictions", "folder.csv", "is a folder"),
+        ("--export", "other.onnx", "--export has not written it"),
+        ("--export", "other.pt2", "--export has not written it"),
+    ):
+        command = ask[:2] if option == "--export" else ask
+        assert words in refused(*command, option, name), name
+    assert {file: file.read_bytes() for file in before} == before
+
+    again = (*ask, "--figure", "photos/seen.png", "--predictions", "photos/list.csv")
+    for _ in range(2):  # what it wrote is no picture of the folder, and may be replaced
+        done = run(*again)
+        assert (done.code, done.err) == (0, "")
+        assert "listed in photos/list.csv: 3 of 3" in done.out
+    assert run("evaluate", trained, "--predictions", "photos/list.csv").code == 0
+    words = "is one of the pictures of --predict"
+    seen = "photos/seen.png"
+    assert words in refused("evaluate", trained, "--predict", seen, "--figure", seen)
+
+
 def test_many_pictures_are_classified_at_once_and_listed_in_order(
     run, trained, sample, monkeypatch
 ):

@@ -11,7 +11,7 @@ from PIL import Image
 
 import models
 import pretrained
-from storage import checkpoint
+from storage import checkpoint, outputs
 
 OWN = ROOT / "checkpoints/custom_cnn-modern.pt"
 SAMPLES = sorted((ROOT / "tests/samples").glob("*.png"))
@@ -82,6 +82,7 @@ def test_an_exported_network_says_what_predict_says(run, workplace, arch, ending
         side = 48
     file = workplace / f"network{ending}"
     assert run("evaluate", path, "--export", file).code == 0
+    outputs.check("--export", file, (ending,))  # it may be replaced
     ask, metadata = exported(file)
     classes = checkpoint.load(path)["classes"]
     assert json.loads(metadata["classes"]) == classes
