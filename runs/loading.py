@@ -6,12 +6,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from config import recipes
 from config.settings import SMALLEST_BATCH, Settings, sizes
-from data import Augmentation, Splits, TrainBatches, inputs, make_splits
+from data import (
+    Augmentation,
+    Splits,
+    TrainBatches,
+    first_of_all,
+    inputs,
+    make_splits,
+    stratified_split,
+)
 from errors import UnusableInput, printable
 from runtime import launch, processes
 from runtime.device import choose_precision
@@ -23,6 +32,9 @@ from storage import checkpoint
 from storage.files import sha256
 
 UNBALANCED = 5  # a class with so many times another's images is worth a line
+# Where config.json says how the trainings that led to the first weights divided CIFAR-10.
+CIFAR10_BEFORE = "cifar10_before"
+DIVIDED_BY = ("seed", "val_fraction", "limit")  # the settings that do
 
 
 @processes.agreed()
@@ -46,9 +58,10 @@ def load_splits(
         in their order, None for CIFAR-10.
 
     Raises:
-        UnusableInput: they cannot be had, or have changed since the run began; or the batch is
-            larger than the training split.
+        UnusableInput: they cannot be had, or have changed since the run began; or the run is to
+            begin from a checkpoint that was trained on what is kept for test or validation.
     """
+    begun_from = _checkpoint_to_begin_from(settings.weights)
     if settings.pictures:
         arrays, pictures, source = folder(
             settings.pictures,
@@ -60,8 +73,8 @@ def load_splits(
             labels=settings.labels,
         )
         pictures = {split: those[: settings.limit] for split, those in pictures.items()}
-        if settings.weights:
-            trained = _trained_before(Path(settings.weights))
+        if begun_from:
+            trained = _trained_before(settings.weights, begun_from)
             _check_not_trained(settings.weights, trained, pictures)
             if trained:
                 pictures[BEFORE] = trained
@@ -71,10 +84,13 @@ def load_splits(
         arrays = cifar10(settings.data_dir)
         source = {"source": "CIFAR-10"}
         pictures = None
-        if settings.weights:
-            trained = _trained_before(Path(settings.weights))
+        if begun_from:
+            trained = _trained_before(settings.weights, begun_from)
             if trained:  # a later training on such pictures is to know it
                 pictures = {BEFORE: trained}
+            _check_validation(settings, arrays.train_labels, _on_cifar10(begun_from))
+    if begun_from and _on_cifar10(begun_from) is not None:
+        source[CIFAR10_BEFORE] = _on_cifar10(begun_from)
     splits = make_splits(
         arrays,
         val_fraction=settings.val_fraction,
@@ -142,11 +158,20 @@ def _check_same_pictures(folder: Path, before: Known | None, now: Known) -> None
         raise UnusableInput(f"--resume with --pictures {printable(folder)}: {changed}; {remedy}")
 
 
-def _trained_before(weights: Path) -> list[Picture]:
-    """The pictures that trained a checkpoint, and those that trained what it began from."""
-    if not weights.is_file() or not checkpoint.is_checkpoint(weights):
-        return []
+def _checkpoint_to_begin_from(weights: str | None) -> dict[str, Any] | None:
+    """What a checkpoint says of itself; None where a run begins from anything else."""
+    if (
+        weights is None
+        or not Path(weights).is_file()
+        or not checkpoint.is_checkpoint(Path(weights))
+    ):
+        return None
     _, content = checkpoint.load_checkpoint(weights)
+    return content
+
+
+def _trained_before(weights: str, content: dict[str, Any]) -> list[Picture]:
+    """The pictures that trained a checkpoint, and those that trained what it began from."""
     used = content.get("pictures") or {}
     if content["config"].get("pictures") and not used:
         raise UnusableInput(
@@ -171,6 +196,64 @@ def _check_not_trained(
                 f"pictures trained it; take the --seed of that training, or a folder with a "
                 f"{split}/ of its own"
             )
+
+
+def _on_cifar10(content: dict[str, Any]) -> list[dict[str, Any]] | None:
+    """How CIFAR-10 was divided in the training of a checkpoint and in those it began from.
+
+    Returns:
+        The settings `DIVIDED_BY` of each; None where an older version did not note all of them.
+    """
+    trainings = content.get("data", {}).get(CIFAR10_BEFORE)
+    if trainings is None:
+        if content.get("start_weights", {}).get("source") == "checkpoint":
+            return None
+        trainings = []
+    if content["config"].get("pictures"):
+        return trainings
+    own = {key: content["config"].get(key) for key in DIVIDED_BY}
+    if own["seed"] is None or own["val_fraction"] is None:
+        return None
+    return [*trainings, own]
+
+
+def _check_validation(
+    settings: Settings, labels: np.ndarray, trainings: list[dict[str, Any]] | None
+) -> None:
+    """Refuses to begin from a checkpoint that was trained on images of CIFAR-10 kept for val."""
+    if not settings.val_fraction:
+        return
+    name = printable(settings.weights)
+    if trainings is None:
+        raise UnusableInput(
+            f"--weights {name}: does not say which images trained what it began from, and the "
+            "validation split could hold some; begin from other weights, or give --val-fraction 0"
+        )
+    own = {key: getattr(settings, key) for key in DIVIDED_BY}
+    _, kept = _divided(labels, **own)
+    for training in trainings:
+        trained, _ = _divided(labels, **training)
+        num_seen = len(np.intersect1d(trained, kept))
+        if num_seen:
+            raise UnusableInput(
+                f"--weights {name}: {num_seen:,} of the {len(kept):,} validation images trained "
+                f"it; give --seed {training['seed']} --val-fraction {training['val_fraction']:g}, "
+                "as that training had them, or --val-fraction 0"
+            )
+
+
+def _divided(
+    labels: np.ndarray, seed: int, val_fraction: float, limit: int | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """The rows that train and those that validate, as `make_splits` divides CIFAR-10."""
+    train = np.arange(len(labels))
+    val = train[:0]
+    if val_fraction:
+        train, val = stratified_split(labels, val_fraction, seed)
+    if limit is not None:
+        train = train[first_of_all(labels[train], limit)]
+        val = val[first_of_all(labels[val], limit)]
+    return train, val
 
 
 @processes.agreed()

@@ -1254,6 +1254,9 @@ def test_no_chain_of_weights_hands_a_test_picture_on(workplace, run, refused):
     again = (*own, "--seed", "5", "--run-name", "again", "--weights")
     for name in ("first", "cifar"):
         assert "pictures trained it; take the --seed" in refused(*again, f"checkpoints/{name}.pt")
+    assert run(*own, "--weights", "checkpoints/cifar.pt", "--run-name", "third").code == 0
+    back = (*by_way[:-1], "checkpoints/third.pt", "--run-name", "back")
+    assert "validation images trained it" in refused(*back, "--val-fraction", "0.5")
     content = checkpoint.load(Path("checkpoints/first.pt"))
     del content["pictures"]
     checkpoint.save(Path("checkpoints/old.pt"), content)

@@ -13,11 +13,14 @@ from conftest import PIPED, ROOT, SMALL, outcome, rows
 from PIL import Image
 from torch import nn
 
+import data
 import engine
 import evaluate
 import metrics
 import models
 from reports import evaluation
+from runs import loading
+from sources.cifar10 import cifar10
 from storage import checkpoint, history
 
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -294,3 +297,37 @@ def test_a_picture_that_cannot_be_drawn_costs_a_warning_alone(run, drawing, monk
     assert CHECKPOINT.exists()
     assert json.loads((RESULTS / "test.json").read_text())["n"] == 64
     assert "evaluate.py" in done.out.splitlines()[-1]
+
+
+def images_of(split, **settings):
+    """The bytes of the images that train, or validate, under such settings."""
+    splits = data.make_splits(cifar10(Path("data")), device=torch.device("cpu"), **settings)
+    return {image.numpy().tobytes() for image in getattr(splits, split).images}
+
+
+def test_no_chain_of_weights_validates_on_images_that_trained_it(run, refused):
+    first = {"seed": 0, "val_fraction": 0.2, "limit": None}
+    assert run(*SMALL, "--val-fraction", "0.2", "--run-name", "first").code == 0
+    # The same seed keeps fewer images aside of the same ones; this one learns from a few alone.
+    from_first = (*SMALL, "--weights", "checkpoints/first.pt")
+    few = ("--val-fraction", "0.1", "--limit", "40", "--run-name", "few")
+    assert run(*from_first, *few).code == 0
+    for name in ("first", "few"):
+        begin = (*SMALL, "--weights", f"checkpoints/{name}.pt")
+        for seed, share in ((1, 0.1), (0, 0.3)):
+            own = {"seed": seed, "val_fraction": share, "limit": None}
+            kept = images_of("val", **own)
+            num_seen = len(kept & images_of("train", **first))
+            words = (
+                f"checkpoints/{name}.pt: {num_seen} of the {len(kept)} validation images trained "
+                "it; give --seed 0 --val-fraction 0.2, as that training had them, or --val-fraction"
+            )
+            assert 0 < num_seen < len(kept)
+            assert words in refused(*begin, "--seed", str(seed), "--val-fraction", str(share))
+    assert run(*begin, "--seed", "1", "--val-fraction", "0", "--run-name", "all").code == 0
+
+    content = checkpoint.load(Path("checkpoints/few.pt"))
+    del content["data"][loading.CIFAR10_BEFORE]
+    checkpoint.save(Path("checkpoints/old.pt"), content)
+    old = (*SMALL, "--weights", "checkpoints/old.pt")
+    assert "does not say which images trained what it began from" in refused(*old)
