@@ -11,7 +11,7 @@ from errors import UnusableInput, printable
 from reports.export import stored_side
 from reports.test_images import test_split
 from sources.known_pictures import BEFORE, first_by_hash, hash_files
-from sources.picture_folder import HASH_DIGITS, read_all, say
+from sources.picture_folder import HASH_DIGITS, Read, read_all, say
 from sources.picture_layout import class_name
 from sources.pictures import HIDDEN, search
 
@@ -88,7 +88,7 @@ def _labelled(
         labels.append(label)
     fit = saved["config"].get("fit", "crop")
     read = read_all(files, stored_side(saved), fit, scratch)
-    rows = _usable(name, read.hashes, labels, saved.get("pictures") or {})
+    rows = _usable(name, read, labels, saved.get("pictures") or {})
     if not rows:
         raise UnusableInput(f"--pictures {name}: no picture is left to evaluate on; give others")
     split = Split(
@@ -141,30 +141,32 @@ def _files_by_class(saved: dict[str, Any], place: Path) -> list[tuple[Path, int]
 
 def _usable(
     name: str,
-    digests: list[str],
+    read: Read,
     labels: list[int],
     known: Mapping[str, Mapping[str, str]],
 ) -> list[int]:
-    """The rows to evaluate on: of copies the first, and what the training did not use."""
+    """The rows to evaluate on: of equal squares the first, and what the training did not use."""
     labels_of: dict[str, set[int]] = {}
-    for digest, label in zip(digests, labels, strict=True):
-        labels_of.setdefault(digest, set()).add(label)
+    hashes_of: dict[str, set[str]] = {}
+    for digest, content, label in zip(read.hashes, read.contents, labels, strict=True):
+        labels_of.setdefault(content, set()).add(label)
+        hashes_of.setdefault(content, set()).add(digest[:HASH_DIGITS])
+    trained = known.get("train", {}).keys() | known.get(BEFORE, {}).keys()
     left_out = dict.fromkeys(("trained the network", "validated it", "copies", "in two classes"), 0)
     rows: dict[str, int] = {}
-    for row, digest in enumerate(digests):
-        short = digest[:HASH_DIGITS]
-        if digest == "":  # unreadable, and named
+    for row, content in enumerate(read.contents):
+        if content == "":  # unreadable, and named
             continue
-        if short in known.get("train", {}) or short in known.get(BEFORE, {}):
+        if trained & hashes_of[content]:
             left_out["trained the network"] += 1
-        elif short in known.get("val", {}):
+        elif known.get("val", {}).keys() & hashes_of[content]:
             left_out["validated it"] += 1
-        elif len(labels_of[digest]) > 1:
+        elif len(labels_of[content]) > 1:
             left_out["in two classes"] += 1
-        elif digest in rows:
+        elif content in rows:
             left_out["copies"] += 1
         else:
-            rows[digest] = row
+            rows[content] = row
     counts = [f"{count:,} {why}" for why, count in left_out.items() if count]
     if counts:
         say([f"{name}: left out: {', '.join(counts)}"])

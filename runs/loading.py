@@ -189,7 +189,7 @@ def _check_not_trained(
     hashes = {picture.hash for picture in trained}
     for split, what in (("test", "test"), ("val", "validation")):
         those = pictures.get(split, [])
-        num_seen = len(hashes & {picture.hash for picture in those})
+        num_seen = sum(not hashes.isdisjoint((picture.hash, *picture.copies)) for picture in those)
         if num_seen:
             raise UnusableInput(
                 f"--weights {printable(weights)}: {num_seen:,} of the {len(those):,} {what} "

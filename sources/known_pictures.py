@@ -12,17 +12,26 @@ from sources.picture_layout import class_name, split_of
 from sources.pictures import has_picture_ending, search
 from storage.files import sha256
 
-# Beside "train", "val" and "test": what trained the network that a training began from.
+# Beside "train", "val" and "test": what else is known to the network, through the training that it
+# began from, or as other bytes that make the square of a training picture.
 BEFORE = "before"
 Known = dict[str, dict[str, str]]  # of "train", "val", "test" the hashes, each with its class
 
 
 def known(pictures: Mapping[str, list[Picture]]) -> Known:
     """What a checkpoint keeps of the pictures of its training, in their order."""
-    return {
+    kept = {
         split: {picture.hash: picture.class_name for picture in those}
         for split, those in pictures.items()
     }
+    copies = {
+        digest: picture.class_name
+        for picture in pictures.get("train", [])
+        for digest in picture.copies
+    }
+    if copies:
+        kept[BEFORE] = kept.get(BEFORE, {}) | copies
+    return kept
 
 
 def changes(before: Known, now: Known) -> str:
@@ -72,8 +81,9 @@ def find_test(
     places = first_by_hash(hashes)
     test = pictures["test"]
     present = [digest for digest in test if digest in places]
-    images, read, _ = read_all([places[digest] for digest in present], side, fit, scratch)
-    readable = [row for row, digest in enumerate(read) if digest != ""]
+    read = read_all([places[digest] for digest in present], side, fit, scratch)
+    images = read.squares
+    readable = [row for row, digest in enumerate(read.hashes) if digest != ""]
     for place, row in enumerate(readable):
         if place < row:  # in place: a copy might not fit
             images[place] = images[row]

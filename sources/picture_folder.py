@@ -26,11 +26,12 @@ HASH_DIGITS = 16  # of the 64 of a SHA-256: enough to tell pictures apart, and a
 
 
 class Picture(NamedTuple):
-    """A picture of a run: its path below the folder, its class, the first digits of its hash."""
+    """A picture of a run."""
 
-    path: str
+    path: str  # below the folder
     class_name: str
-    hash: str
+    hash: str  # its first digits
+    copies: tuple[str, ...] = ()  # hashes of other bytes that make the very same square
 
 
 class Read(NamedTuple):
@@ -38,6 +39,7 @@ class Read(NamedTuple):
 
     squares: np.ndarray  # (N, side, side, 3) uint8
     hashes: list[str]  # hex SHA-256 of the files' bytes, "" of an unreadable one
+    contents: list[str]  # likewise of the squares: equal ones are the same to a network
     sizes: list[tuple[int, int]]  # width and height of the upright pictures, pixels
 
 
@@ -59,7 +61,8 @@ def folder(
     The bytes of a picture decide its split, not its name: within a class the pictures are ordered
     by a hash of the seed and their bytes, and the shares for test and validation are cut from that
     order. So a renamed picture stays where it is, and added ones move others only across a cut.
-    Of copies (equal bytes) one counts. A picture that lies in two classes is left out of both.
+    Of copies (equal squares, as of one picture saved as PNG and as BMP) one counts. A picture that
+    lies in two classes is left out of both.
 
     The images of a split come from its classes in turn: the first N hold as many of each.
 
@@ -100,14 +103,17 @@ def folder(
     listed = Counter(file.label for file in files if file.split == "train")
     _check_train(name, classes, list(shares), listed)  # before reading takes minutes
 
-    images, digests, sizes = read_all([file.path for file in files], side, fit, scratch)
+    read = read_all([file.path for file in files], side, fit, scratch)
+    images = read.squares
+    digests = read.hashes
+    sizes = read.sizes
     left_out = {
         "unreadable": [file.path for file, hash in zip(files, digests, strict=True) if not hash],
         "other_files": listing.without_ending,
         "outside": listing.outside,
         "unlisted": listing.unlisted,
     }
-    chosen, copies, in_two = _unique(files, digests)
+    chosen, copies, in_two = _unique(files, read)
     left_out["copies"] = copies
     left_out["in_two_classes"] = in_two
     text = found.left_out_text(
@@ -126,6 +132,10 @@ def folder(
     for number, (split, share) in enumerate(shares.items()):
         rows[split] = _cut(rows["train"], share, leave=len(shares) - number)
 
+    same: dict[str, set[str]] = {}  # hashes by the squares that they make
+    for digest, content in zip(digests, read.contents, strict=True):
+        same.setdefault(content, set()).add(digest[:HASH_DIGITS])
+    others = {row: same[read.contents[row]] - {digests[row][:HASH_DIGITS]} for row in chosen}
     order = {split: _in_turn(rows[split]) for split in SPLITS if split in rows}
     pictures = {}
     for split, those in order.items():
@@ -134,6 +144,7 @@ def folder(
                 relative(files[row].path, path),
                 classes[files[row].label],
                 digests[row][:HASH_DIGITS],
+                tuple(sorted(others[row])),
             )
             for row in those
         ]
@@ -180,6 +191,7 @@ def read_all(files: list[Path], side: int, fit: str, scratch: Path) -> Read:
         f"{len(files):,} pictures of {side} px",
         "use a smaller --image-size, fewer pictures or another --checkpoint-dir",
     ).numpy()
+    contents = [""] * len(files)
     sizes = [(0, 0)] * len(files)
     lines: list[str] = []
 
@@ -192,6 +204,7 @@ def read_all(files: list[Path], side: int, fit: str, scratch: Path) -> Read:
             lines.append(f"{error}; left out")
             return ""
         squares[row] = picture.square
+        contents[row] = hashlib.sha256(picture.square).hexdigest()
         sizes[row] = picture.size
         return picture.hash
 
@@ -204,7 +217,7 @@ def read_all(files: list[Path], side: int, fit: str, scratch: Path) -> Read:
     finally:
         pool.shutdown(cancel_futures=True)  # a signal does not wait for the rest
     say(sorted(lines))
-    return Read(squares, hashes, sizes)
+    return Read(squares, hashes, contents, sizes)
 
 
 def print_paragraph(text: str, indent: str = "") -> None:
@@ -263,24 +276,28 @@ def _first_ten(words: list[str]) -> str:
     return ", ".join(words[:10]) + more
 
 
-def _unique(files: list[File], digests: list[str]) -> tuple[list[int], list[Path], list[Path]]:
-    """The rows that count, the files that are copies, and those whose picture is in two classes."""
-    labels: dict[str, set[int]] = {}
-    for file, digest in zip(files, digests, strict=True):
-        labels.setdefault(digest, set()).add(file.label)
-    first: dict[str, int] = {}
+def _unique(files: list[File], read: Read) -> tuple[list[int], list[Path], list[Path]]:
+    """The rows that count, the files that are copies, and those whose picture is in two classes.
+
+    Of copies one in the first of `SPLITS` counts, there the one with the smallest hash: names have
+    no say.
+    """
+    alike: dict[str, list[int]] = {}
+    for row, content in enumerate(read.contents):
+        if content != "":
+            alike.setdefault(content, []).append(row)
+    chosen = []
     copies = []
     in_two = []
-    for row, digest in enumerate(digests):  # the files of `test/` come first, see SPLITS
-        if digest == "":
+    for rows in alike.values():
+        if len({files[row].label for row in rows}) > 1:
+            in_two += rows
             continue
-        if len(labels[digest]) > 1:
-            in_two.append(files[row].path)
-        elif digest in first:
-            copies.append(files[row].path)
-        else:
-            first[digest] = row
-    return list(first.values()), copies, in_two
+        counted = min(rows, key=lambda row: (SPLITS.index(files[row].split), read.hashes[row], row))
+        chosen.append(counted)
+        copies += [row for row in rows if row != counted]
+    copied_files = [files[row].path for row in sorted(copies)]
+    return chosen, copied_files, [files[row].path for row in sorted(in_two)]
 
 
 def _rank(digest: str, seed: int) -> bytes:

@@ -301,14 +301,17 @@ def test_another_labelled_folder_is_evaluated_beside_the_runs_own_test(
     trained = [by_hash[digest] for digest in known["train"]][:3]
     for number, file in enumerate([*trained, by_hash[next(iter(known["val"]))]]):
         shutil.copy(file, f"new/left/known{number}.png")
+    for name in ("0", "known0"):  # other bytes, the same pixels
+        Image.open(f"new/left/{name}.png").save(f"new/left/{name}.bmp")
 
     done = run("evaluate", of_sides, "--pictures", "new", "--predictions", "p.csv")
     assert done.code == 0
     assert "on 6 labelled pictures in new, none of them of its training" in done.out
-    assert "left out: 3 trained the network, 1 validated it, 1 copies" in done.err
+    assert "left out: 4 trained the network, 1 validated it, 2 copies" in done.err
     assert (report("results/custom_cnn/test-new.json")["n"], REPORT.read_bytes()) == (6, own)
     assert "labelled pictures in new" in Path("results/custom_cnn/test-new/index.html").read_text()
-    assert sorted(row["file"] for row in table("p.csv")) == [f"left/{n}.png" for n in range(6)]
+    files = sorted(Path(row["file"]).stem for row in table("p.csv"))
+    assert files == [str(number) for number in range(6)]
     assert {row["true"] for row in table("p.csv")} == {"left"}
     for number in range(2):  # another folder of this name keeps that report
         picture(Path(f"other/new/left/{number}.png"), 50 + number)

@@ -574,12 +574,46 @@ def test_copies_share_a_split_and_count_once_and_a_picture_in_two_classes_does_n
     ) in lines
 
 
+def as_bmp(path, place=None):
+    """Saves a picture once more: other bytes, the same pixels."""
+    copy = (place or path).with_suffix(".bmp")
+    Image.open(path).save(copy)
+    return copy
+
+
+def test_a_picture_saved_in_two_formats_counts_once_whichever_name_comes_first(tmp_path):
+    classes(tmp_path, (("cat", 10), ("dog", 20)))
+    _, alone, _ = read(tmp_path)
+    bitmaps = [as_bmp(path) for path in sorted(tmp_path.glob("*/*.png"))]
+    arrays, split, said = read(tmp_path)
+    assert (said["read"], said["copies"], said["per_class"]) == (60, 30, {"cat": 10, "dog": 20})
+    parts = (arrays.train_images, arrays.val_images, arrays.test_images)
+    seen = [colour for images in parts for colour in colours(images)]
+    assert len(seen) == len(set(seen)) == 30
+    known = {digest for those in alone.values() for digest in hashes(those)}
+    for picture in (picture for those in split.values() for picture in those):
+        both = {picture.hash, *picture.copies}
+        assert picture.hash == min(both)
+        assert len(both) == 2
+        assert len(both & known) == 1
+    for number, path in enumerate(bitmaps):
+        path.rename(path.with_name(f"{'A' if number % 2 else 'z'}{path.name}"))
+    again, _, _ = read(tmp_path)
+    for one, other in zip(arrays, again, strict=True):
+        assert np.array_equal(one, other)
+    as_bmp(tmp_path / "dog" / "00003.png", tmp_path / "cat" / "odd.png")
+    _, _, said = read(tmp_path)
+    assert (said["copies"], said["in_two_classes"]) == (29, 3)
+    assert said["per_class"] == {"cat": 10, "dog": 19}
+
+
 def test_given_splits_are_honoured_and_a_copy_in_test_does_not_train(tmp_path, capsys):
     for number, split in enumerate(("train", "val", "test")):
         classes(tmp_path / split, (("cat", 2), ("dog", 2)), first=100 * number)
     for path in (tmp_path / "val" / "dog").iterdir():
         path.unlink()
     shutil.copy(tmp_path / "test" / "cat" / "00200.png", tmp_path / "train" / "cat")
+    as_bmp(tmp_path / "test" / "dog" / "00200.png", tmp_path / "train" / "dog" / "again.png")
     (tmp_path / "extra.png").touch()
     arrays, _, said = read(tmp_path)
     assert sorted(colours(arrays.train_images)) == [(0, 0, 0), (0, 0, 1), (1, 0, 0), (1, 0, 1)]
@@ -590,11 +624,11 @@ def test_given_splits_are_honoured_and_a_copy_in_test_does_not_train(tmp_path, c
         (1, 0, 200),
         (1, 0, 201),
     ]
-    assert (said["splits"], said["copies"]) == ("as given", 1)
+    assert (said["splits"], said["copies"]) == ("as given", 2)
     captured = capsys.readouterr()
     assert captured.err == f"{tmp_path}: val/ has no picture of dog\n"
     assert paragraphs(captured.out)[1:] == [
-        "left out: 1 outside the folders of classes (like extra.png), 1 as copies of others "
+        "left out: 1 outside the folders of classes (like extra.png), 2 as copies of others "
         "(like train/cat/00200.png)",
         "8x8 pixels each",
         "4 to train on, 2 to validate, 4 to test, as the folders say",
@@ -1056,6 +1090,25 @@ def test_no_run_begins_from_weights_that_its_test_pictures_trained(after, run, r
     line = refused(*TINY, *more, "--seed", "1")
     assert "test pictures trained it; take the --seed of that training" in line
     assert run(*TINY, *more).code == 0
+    for path in list((after / "noise").rglob("*.png")):
+        as_bmp(path)
+    _, split, _ = read(after / "noise", seed=1, val_fraction=0.04, test_fraction=0.15)
+    trained = checkpoint.load(Path("checkpoints/custom_cnn.pt"))["pictures"]["train"].keys()
+    seen = [picture for picture in split["test"] if trained & {picture.hash, *picture.copies}]
+    assert len(seen) > len(trained & hashes(split["test"]))
+    line = refused(*TINY, *more, "--seed", "1")
+    assert f"{len(seen)} of the 12 test pictures trained it" in line
+
+    # Nor is the other file of a training picture a new one to evaluate on.
+    assert run(*TINY, "--run-name", "both").code == 0
+    known = checkpoint.load(Path("checkpoints/both.pt"))["pictures"]
+    for path in list((after / "noise").rglob("*.*")):
+        if sha256(path)[:16] in known["before"]:
+            (after / "other" / path.parent.name).mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, after / "other" / path.parent.name)
+    done = run("evaluate", "checkpoints/both.pt", "--pictures", "other")
+    assert (done.code, len(known["train"])) == (2, 66)
+    assert "other: left out: 66 trained the network" in done.err
 
 
 def test_a_limit_takes_from_every_class_and_the_run_knows_only_what_it_used(run):
