@@ -10,7 +10,7 @@ from data import ChannelStats, Split, Splits
 from errors import UnusableInput, printable
 from reports.export import stored_side
 from reports.test_images import test_split
-from sources.known_pictures import BEFORE, first_by_hash, hash_files
+from sources.known_pictures import BEFORE, first_by_hash, hash_files, labelled_others
 from sources.picture_folder import HASH_DIGITS, Read, read_all, say
 from sources.picture_layout import class_name
 from sources.pictures import HIDDEN, search
@@ -65,6 +65,14 @@ def images_to_evaluate(
     found = [files[digest] for digest in test if digest in files]
     if place and not found:
         return _labelled(saved, place, device, scratch)
+    num_others = labelled_others(place, files, known) if place else 0
+    if num_others:
+        line = (
+            f"{printable(place)}: not counted: {num_others:,} labelled pictures that the training "
+            f"did not use, for {len(found):,} of its test pictures lie there too; give a folder "
+            "without these to evaluate on the others"
+        )
+        say([line])
     splits = test_split(saved, data_dir, place, device, scratch)
     num_images = len(splits.test.labels)
     names = None

@@ -118,6 +118,26 @@ def find_test(
     return images, [test[digest] for digest in present]
 
 
+def labelled_others(folder: Path, places: Mapping[str, Path], pictures: Known) -> int:
+    """How many pictures in folders of the classes a training did not use; those in `test/` aside.
+
+    Args:
+        folder: that was searched.
+        places: in it, by hash.
+        pictures: of the training.
+    """
+    by_hash = _by_hash(pictures)
+    classes = {name for _, name in by_hash.values()}
+    number = 0
+    for digest, file in places.items():
+        below = file.relative_to(folder)
+        inside = {class_name(part) for part in below.parent.parts}
+        if digest in by_hash or not has_picture_ending(file) or _in_test(below):
+            continue
+        number += not classes.isdisjoint(inside)
+    return number
+
+
 def _by_hash(pictures: Known) -> dict[str, tuple[str, str]]:
     """Split and class of each picture."""
     return {

@@ -321,6 +321,18 @@ def test_another_labelled_folder_is_evaluated_beside_the_runs_own_test(
     assert report("results/custom_cnn/test-new-2.json")["n"] == 2
     assert not Path("results/custom_cnn/test-new-3.json").exists()
 
+    # Beside a test picture of the training the others do not count, which is said.
+    mixed = by_hash[next(iter(known["test"]))]
+    shutil.copytree("other/new", "mixed")
+    for number, file in enumerate([mixed, trained[0]]):
+        shutil.copy(file, f"mixed/left/{number + 7}.png")
+    done = run("evaluate", of_sides, "--pictures", "mixed")
+    assert (
+        "mixed: not counted: 2 labelled pictures that the training did not use, for 1 of"
+        in done.err
+    )
+    assert report("results/custom_cnn/test-mixed.json")["n"] == 1
+
     picture(Path("new/up/0.png"), 9)
     error = refused("evaluate", of_sides, "--pictures", "new")
     assert "does not know the class up; it knows left, right" in error
