@@ -15,6 +15,7 @@ from config.recipes import BY_NUMBER
 from config.settings import WITHOUT_EFFECT, Settings, flag, typed
 from data import Splits, TrainBatches
 from display.live import best_effort
+from display.tables import ABSENT
 from errors import AlreadyFinished, Stopped, UnusableInput, printable
 from reports import evaluation, provenance
 from runs.loading import settle_precision
@@ -336,17 +337,31 @@ def _sweep(settings: Settings, name: str) -> None:
 def _check_same(settings: Settings, saved: dict[str, Any], name: str) -> None:
     """Refuses to continue a run under settings that would change its result.
 
-    Another device is allowed: `_check_surroundings` warns where it is of another kind.
+    Another device is allowed: `_check_surroundings` warns where it is of another kind. A setting
+    that the saved ones lack came with a newer version; what was done before stands in
+    `tables.ABSENT`. One that is not there must be off.
+
+    Args:
+        settings: of the run that is to go on.
+        saved: as it began; empty where that is not known.
+        name: of the run.
     """
     may_differ = {*WITHOUT_EFFECT, "run_name", "device"}
+    here = settings.plain()
     different = []
-    for key, value in settings.plain().items():
+    for key, value in here.items():
+        if key in may_differ or not saved:
+            continue
         if key in BY_NUMBER and value is None:
             continue  # follows from pictures that are yet to be read; `begin` asks again
-        before = saved.get(key, value)
-        if before != value and key not in may_differ:
+        before = saved.get(key, ABSENT.get(key))
+        if before is None and not value:
+            continue
+        if before != value:
             was = typed(key, before).removeprefix(flag(key) + " ")
             different.append(f"{typed(key, value)} (was {was})")
+    gone = sorted(saved.keys() - here.keys())
+    different += [f"no {flag(key)} (was {saved[key]})" for key in gone if saved[key]]
     if different:
         raise UnusableInput(
             f"--resume with {', '.join(different)}: run {name} was started with other settings; "

@@ -112,6 +112,26 @@ def test_an_unfinished_run_names_its_own_command_and_all_flags_that_differ(run, 
     assert "--lr 0.1 (was 0.001)" in refused(*SMALL, "--resume", "--lr", "0.1")
 
 
+def test_a_run_of_an_older_version_goes_on_as_it_was_begun_or_not_at_all(run, refused, signal_at):
+    signal_at(3, signal.SIGTERM)
+    assert run(*SMALL).code == 143
+    state = checkpoint.load(STATE)
+    settings = state["config"]
+    for without, more, flags, words in (
+        (["balance"], {}, ["--balance"], "--balance (was --no-balance)"),
+        (["weights"], {}, ["--weights", "none"], "--weights none (was no --weights)"),
+        (["flip"], {}, [], "--flip random (was no --flip)"),  # what was done nothing says
+        ([], {"enlarge": 0.5}, [], "no --enlarge (was 0.5)"),
+    ):
+        kept = {key: value for key, value in settings.items() if key not in without}
+        checkpoint.save(STATE, state | {"config": kept | more})
+        assert words in refused(*SMALL, "--resume", *flags)
+    newer = ("fit", "balance", "cutout")  # which are at what was done before, or off
+    kept = {key: value for key, value in settings.items() if key not in newer}
+    checkpoint.save(STATE, state | {"config": kept | {"enlarge": 0.0}})
+    assert run(*SMALL, "--resume").code == 0
+
+
 def test_resume_begins_what_has_not_begun_and_finds_the_unfinished_one_of_a_series(
     run, refused, signal_at
 ):
