@@ -22,10 +22,12 @@ from reports.picture_list import as_text
 from sources import found, pictures
 from sources.picture_folder import print_paragraph, read_all
 from storage.files import write_atomically
-from storage.outputs import LIST_COLUMNS
+from storage.outputs import FIRST_COLUMNS, LIST_COLUMNS
 
 MOST_DRAWN = 50  # pictures in one figure
 WILDCARDS = set("*?[")
+# In any kind of list, so that one network's lists call its probabilities the same.
+OTHER_COLUMNS = {*LIST_COLUMNS}.union(*FIRST_COLUMNS)
 AT_ONCE = 500  # pictures that are read before the network is asked
 
 
@@ -36,6 +38,9 @@ def probabilities(logits: Tensor, temperature: float | None) -> Tensor:
 
 class Table:
     """A CSV of predictions: of whom, true class where known, predicted class, probabilities.
+
+    A column of probabilities is called like its class. Where a class is called like one of the
+    other columns, `true` say, all of them are headed p(CLASS), so that no two columns share a name.
 
     Args:
         classes: C names.
@@ -60,7 +65,10 @@ class Table:
         self.text = io.StringIO()
         self.rows = csv.writer(self.text, lineterminator="\n")
         true = ["true"] if with_truth else []
-        self.rows.writerow([first, *true, *LIST_COLUMNS, *self.names])
+        headings = self.names
+        if not OTHER_COLUMNS.isdisjoint(self.names):
+            headings = [f"p({name})" for name in self.names]
+        self.rows.writerow([first, *true, *LIST_COLUMNS, *headings])
 
     def add(self, picture: str | int, label: int | None, shares: Tensor) -> None:
         """Adds a row.

@@ -214,6 +214,21 @@ def test_predictions_are_a_row_for_each_test_image_with_probabilities(run, train
         assert classes[values.index(max(values))] == row["predicted"]
 
 
+def test_no_class_is_called_like_another_column_of_the_predictions(run, trained, sample):
+    for kind, names in (("plain", ["yes", "no"]), ("clash", ["true", "false"])):
+        content = checkpoint.load(trained)
+        content["classes"][:2] = names
+        checkpoint.save(trained, content)
+        Image.fromarray(sample["test_images"][0]).save("a.png")
+        words = ("evaluate", trained, "--predict", "a.png", "--predictions", f"{kind}.csv")
+        assert run(*words).code == 0
+    (plain,), (clash,) = table("plain.csv"), table("clash.csv")
+    fixed = ["file", "predicted", "views", "calibrated"]
+    assert list(plain)[:6] == [*fixed, "yes", "no"]
+    assert list(clash)[:7] == [*fixed, "p(true)", "p(false)", "p(bird)"]
+    assert list(clash.values())[4:] == list(plain.values())[4:]
+
+
 @pytest.mark.parametrize(
     ("content", "found"),
     [
