@@ -140,7 +140,7 @@ def custom(given: dict[str, Any]) -> CustomSettings:
         UnusableInput: see `Settings`; or a rate of Muon is given to another optimiser.
     """
     chosen = CustomSettings(**_custom_defaults(given) | _unsettled(given) | given)
-    if given.get("muon_lr") and chosen.optimizer != "muon":
+    if "muon_lr" in given and chosen.optimizer != "muon":
         raise UnusableInput(
             f"--muon-lr {chosen.muon_lr}: {chosen.optimizer} has no such rate; add --optimizer "
             "muon, or leave it out"
@@ -240,6 +240,14 @@ def _named(table: dict[str, dict[str, Any]], name: str) -> dict[str, Any]:
     return dict(table[name])
 
 
+def without_flags(settings: AnySettings) -> AnySettings:
+    """The settings of the same recipe or network, and of the same pictures, without other flags."""
+    given = {"pictures": settings.pictures}
+    if isinstance(settings, CustomSettings):
+        return custom(given | {"recipe": settings.recipe})
+    return finetune(given | {"arch": settings.arch})
+
+
 def changed(settings: Settings, num_images: int) -> dict[str, Any]:
     """What differs from the recipe's or network's defaults, files and names aside.
 
@@ -247,16 +255,11 @@ def changed(settings: Settings, num_images: int) -> dict[str, Any]:
         settings: of a run.
         num_images: of its training split, from which defaults may follow.
     """
-    given = {"pictures": settings.pictures}
-    if isinstance(settings, CustomSettings):
-        defaults = custom(given | {"recipe": settings.recipe})
-    else:
-        defaults = finetune(given | {"arch": settings.arch})
-    usual = by_number(defaults, num_images).plain()
-    usual["pictures"] = None
+    defaults = by_number(without_flags(settings), num_images).plain()
+    defaults["pictures"] = None
     ignored = {"run_name", "seed", "device", *WITHOUT_EFFECT}
     return {
         name: value
         for name, value in settings.plain().items()
-        if name not in ignored and value != usual[name]
+        if name not in ignored and value != defaults[name]
     }

@@ -63,10 +63,12 @@ def load_splits(
     """
     begun_from = _checkpoint_to_begin_from(settings.weights)
     if settings.pictures:
+        is_chosen = settings.val_fraction != recipes.without_flags(settings).val_fraction
         arrays, pictures, source = folder(
             settings.pictures,
             settings.image_size or 32,
             val_fraction=settings.val_fraction,
+            must_draw_val=is_chosen and state is None,
             seed=settings.seed,
             scratch=scratch,
             fit=settings.fit,

@@ -50,6 +50,7 @@ def folder(
     val_fraction: float,
     seed: int,
     scratch: Path,
+    must_draw_val: bool = False,
     test_fraction: float = 0.15,
     fit: str = "crop",
     labels: Path | None = None,
@@ -72,6 +73,7 @@ def folder(
         val_fraction: without `val/`, the share of every class's training images that validates.
         seed: chooses them.
         scratch: see `runtime.memory.allocate`.
+        must_draw_val: whether someone chose `val_fraction`, which has no effect beside `val/`.
         test_fraction: without `test/`, the share of every class that becomes test images.
         fit: how a picture becomes a square, see `pictures.load`.
         labels: see `picture_layout.by_labels`.
@@ -81,8 +83,8 @@ def folder(
         says of them.
 
     Raises:
-        UnusableInput: the folders or the list are not like this, or a class has too few pictures
-            for one in every split.
+        UnusableInput: the folders or the list are not like this, a class has too few pictures for
+            one in every split, or the chosen `val_fraction` has no effect.
         OSError: the squares fit neither in memory nor on the disk.
     """
     path = Path(path)
@@ -91,6 +93,11 @@ def folder(
     classes = listing.classes
     given = listing.given
     files = listing.files
+    if must_draw_val and "val" in given:
+        raise UnusableInput(
+            f"--val-fraction {val_fraction:g}: {name} has a val/ of its own, which validates; "
+            "leave the flag out, or take that folder away"
+        )
     counts = Counter(file.label for file in files)
     print_paragraph(found.classes_text(name, {each: counts[i] for i, each in enumerate(classes)}))
     for note in listing.notes:

@@ -131,6 +131,7 @@ train_custom --epochs many           | invalid int value: 'many'; see --help
 train_custom --batch-size 400        | --batch-size 400: there are 310 training images; take
 train_custom --limit 0               | --limit 0: must be at least 4
 train_custom --recipe classic --muon-lr 0.1 | --muon-lr 0.1: adam has no such rate; add --optimizer
+train_custom --recipe classic --muon-lr 0 | --muon-lr 0.0: adam has no such rate; add --optimizer
 train_custom --recipe best-ever      | best-ever is unknown: choose from classic, modern
 train_custom --network huge          | --network huge: choose from tutorial, slim
 train_custom --lr nan                | --lr nan: must be at least

@@ -1202,6 +1202,15 @@ def test_what_is_for_pictures_of_ones_own_is_refused_without_them(refused, flags
     assert words in refused("train_custom", *flags)
 
 
+@pytest.mark.parametrize("share", ["0", "0.5"])
+def test_a_share_to_validate_on_is_refused_where_a_folder_is_given(workplace, run, refused, share):
+    for number, split in enumerate(("train", "val")):
+        noise(workplace / "noise" / split, {"a": 8, "b": 8}, seed=number)
+    words = f"--val-fraction {share}: noise has a val/ of its own, which validates; leave the flag"
+    assert words in refused(*TINY, "--val-fraction", share)
+    assert run(*TINY, "--batch-size", "8", "--val-fraction", "0.04").code == 0  # as without it
+
+
 def test_the_fit_of_a_training_is_that_of_its_evaluation(workplace, run):
     """The class stands at the left of wide pictures: cropped, they look alike."""
     rng = np.random.default_rng(0)
