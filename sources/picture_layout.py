@@ -221,7 +221,7 @@ def _holds_pictures(places: list[Path]) -> bool:
 
 
 def _check_classes(path: Path, classes: tuple[str, ...], folders: _Folders) -> None:
-    """Refuses too few or too many classes, and a folder that was unpacked into itself."""
+    """Refuses too few or too many classes, splits inside of them, and a folder inside itself."""
     name = printable(path)
     for each in classes:
         others = set(classes) - {each}
@@ -235,6 +235,12 @@ def _check_classes(path: Path, classes: tuple[str, ...], folders: _Folders) -> N
         if not others and len(inner) > 1:
             raise UnusableInput(
                 f"{name}: its only folder is {place}/, which holds {len(inner):,}; name that one"
+            )
+        splits = sorted(wanted for wanted in inner if split_of(wanted) in ("val", "test"))
+        if others and splits:
+            raise UnusableInput(
+                f"{name}: {place}/{splits[0]}/ is called like a split, inside a class; make it "
+                f"{splits[0]}/{each}/ beside train/{each}/, or give it another name"
             )
     if not classes and find([path]):
         raise UnusableInput(

@@ -692,6 +692,12 @@ def test_unreadable_pictures_are_named_counted_and_left_out(tmp_path, capsys):
         ),
         (dict.fromkeys(map(str, range(1001)), 0), "folders of classes: 1,001"),
         (
+            {"cat/train": 5, "cat/test": 5, "dog": 5},
+            "cat/test/ is called like a split, inside a class; make it test/cat/ beside train/cat/",
+        ),
+        ({"train/cat": 5, "train/dog/Val": 5}, "train/dog/Val/ is called like a split, inside"),
+        ({"deep/train": 5, "deep/test": 5}, "its only folder is deep/, which holds 2; name that"),
+        (
             {"cat": 5, "dog": 0, "owl": 2},
             r"every class needs 3 .* each of test, val, train: dog lacks 3, owl lacks 1; add",
         ),
