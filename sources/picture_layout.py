@@ -80,7 +80,8 @@ def by_labels(path: Path, list_path: Path) -> Listing:
 
     A name may be a path below the folder or a file's name alone, with its ending or without. The
     first row may be a heading, which does not end as the names of pictures do. Pictures that it
-    does not name are left out.
+    does not name are left out. Of those that it names, what lies in `test/` or `val/` is of that
+    split, unless that would leave none to train on.
 
     Raises:
         UnusableInput: the list cannot be read, names a picture that is not there or could be
@@ -91,8 +92,10 @@ def by_labels(path: Path, list_path: Path) -> Listing:
     found, others = search(path)
     find_named = _Finder(path, [file for file in found + others if not _same(file, list_path)])
     rows = _rows(list_path)
+    notes = []
     if rows and _is_heading(rows, find_named):
-        del rows[0]
+        heading = ", ".join(printable(cell) for cell in rows.pop(0))
+        notes.append(f"the first row of the list is taken as its heading: {heading}")
 
     labels: dict[Path, str] = {}
     absent = []
@@ -120,7 +123,6 @@ def by_labels(path: Path, list_path: Path) -> Listing:
             raise UnusableInput(
                 f"--labels {list_name}: {len(names):,} {fault} ({_examples(names)}); correct it"
             )
-    notes = []
     if num_repeated:
         notes.append(f"rows of the list that repeat others: {num_repeated:,}")
     classes = tuple(sorted(set(labels.values())))
@@ -130,9 +132,20 @@ def by_labels(path: Path, list_path: Path) -> Listing:
             f"{MAX_CLASSES:,}"
         )
     number = {each: label for label, each in enumerate(classes)}
-    files = [File(file, "train", number[label]) for file, label in labels.items()]
+    lies_in = {file: _split_above(file.relative_to(path)) for file in labels}
+    if "train" not in lies_in.values():
+        lies_in = dict.fromkeys(labels, "train")
+    files = [File(file, lies_in[file], number[label]) for file, label in labels.items()]
+    given = tuple(split for split in SPLITS if split in lies_in.values())
     unlisted = [file for file in found if file not in labels]
-    return Listing(classes, ("train",), files, [], [], unlisted, notes)
+    return Listing(classes, given, files, [], [], unlisted, notes)
+
+
+def _split_above(file: Path) -> str:
+    """The split of the uppermost folder that a file lies in; "train" where it names none."""
+    if len(file.parts) == 1:
+        return "train"
+    return split_of(file.parts[0]) or "train"
 
 
 def class_name(folder: str) -> str:

@@ -901,7 +901,10 @@ def test_a_list_of_labels_names_pictures_with_or_without_ending_and_folder(
     folder = flat(Path())
     names = ["deep/00000.png", "00001", "00002.png", ".\\00003.png", "00004", "00005", "00006"]
     rows = [f"{name};{'cat' if number < 4 else 'dog'}" for number, name in enumerate(names)]
-    for heading in ([], ["id;label"]):
+    for heading, said_of_it in (
+        ([], []),
+        (["id;label"], ["the first row of the list is taken as its heading: id, label"]),
+    ):
         text = "\n".join([*heading, *rows, "", rows[1]])
         (folder / "labels.csv").write_text(text, encoding="utf-8-sig")
         arrays, split, said = read(folder, labels=folder / "labels.csv")
@@ -913,10 +916,29 @@ def test_a_list_of_labels_names_pictures_with_or_without_ending_and_folder(
         }
         assert of_class["deep/00000.png"] == of_class["00003.png"] == "cat"
         assert of_class["00004.png"] == "dog"
-        lines = said_lines(capsys)
-        assert lines[0] == f"{folder}: 7 pictures of 2 classes: cat 4, dog 3"
-        assert lines[1] == "rows of the list that repeat others: 1"
-        assert lines[2] == "left out: 5 not in the list of labels (like 00007.png)"
+        assert said_lines(capsys)[: len(said_of_it) + 3] == [
+            f"{folder}: 7 pictures of 2 classes: cat 4, dog 3",
+            *said_of_it,
+            "rows of the list that repeat others: 1",
+            "left out: 5 not in the list of labels (like 00007.png)",
+        ]
+
+
+@pytest.mark.parametrize("folders", [("train", "Test_set"), ("", "test"), ("test", "testing")])
+def test_what_a_list_names_in_a_folder_of_a_split_is_of_that_split(tmp_path, folders):
+    rows = []
+    for number in range(20):
+        place = folders[number // 12]
+        path = tmp_path / "photos" / place / f"{number:02}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(path)
+        rows.append(f"{number:02},{'cat' if number % 2 else 'dog'}")
+    (tmp_path / "labels.csv").write_text("\n".join(rows))
+    arrays, _, said = read(tmp_path / "photos", labels=tmp_path / "labels.csv")
+    in_test = sorted(red for red, _, _ in colours(arrays.test_images))
+    is_given = folders[0] != "test"  # else none would be left to train on
+    assert (in_test == list(range(12, 20))) == is_given
+    assert (said["splits"] == "as given") == is_given
 
 
 @pytest.mark.parametrize(
