@@ -189,13 +189,16 @@ def _check_not_trained(
 ) -> None:
     """Refuses to begin from a checkpoint that was trained on pictures kept for test or val."""
     hashes = {picture.hash for picture in trained}
-    for split, what in (("test", "test"), ("val", "validation")):
+    for split, what, flags in (
+        ("test", "test", "--seed"),
+        ("val", "validation", "--seed and the --val-fraction"),
+    ):
         those = pictures.get(split, [])
         num_seen = sum(not hashes.isdisjoint((picture.hash, *picture.copies)) for picture in those)
         if num_seen:
             raise UnusableInput(
                 f"--weights {printable(weights)}: {num_seen:,} of the {len(those):,} {what} "
-                f"pictures trained it; take the --seed of that training, or a folder with a "
+                f"pictures trained it; take the {flags} of that training, or a folder with a "
                 f"{split}/ of its own"
             )
 

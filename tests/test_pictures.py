@@ -1117,6 +1117,8 @@ def test_no_run_begins_from_weights_that_its_test_pictures_trained(after, run, r
     more = ("--weights", "checkpoints/custom_cnn.pt", "--run-name", "more")
     line = refused(*TINY, *more, "--seed", "1")
     assert "test pictures trained it; take the --seed of that training" in line
+    line = refused(*TINY, *more, "--val-fraction", "0.3")
+    assert "validation pictures trained it; take the --seed and the --val-fraction of that" in line
     assert run(*TINY, *more).code == 0
     for path in list((after / "noise").rglob("*.png")):
         as_bmp(path)
