@@ -55,9 +55,9 @@ def comparison_rows(results_dir: Path) -> list[Row]:
 
     Returns:
         Rows with `run`, `network`, `recipe`, `weights`, `epochs`, `top1` and `top1_tta`
-        (fractions), `num_test` (images), `limit`, `parameters`, `seconds`, `hardware`, `seed`,
-        `date` and `settings` (equal for runs that differ in their seed alone); None for what a file
-        does not say.
+        (fractions), `tta` (the views of the latter), `num_test` (images), `limit`, `parameters`,
+        `seconds`, `hardware`, `seed`, `date` and `settings` (equal for runs that differ in their
+        seed alone); None for what a file does not say.
     """
     rows = []
     for path in sorted(results_dir.glob("*/test.json")):
@@ -87,7 +87,7 @@ def comparison_table(rows: Sequence[Row]) -> str:
         "Run": lambda row: f"[{_escape(row['run'])}]({quote(os.fsencode(row['run']))}/)",
         **setting,
         "Test accuracy (%)": lambda row: _percent(row["top1"]) + _part(row),
-        "With TTA (%)": lambda row: _percent(row["top1_tta"]) + _part(row),
+        "With TTA (%)": lambda row: _percent(row["top1_tta"]) + _views(row) + _part(row),
         "Parameters (M)": lambda row: _scaled(row["parameters"], 1e6),
         "Minutes": lambda row: _scaled(row["seconds"], 60),
         "Seed": lambda row: _escape(row["seed"]),
@@ -109,7 +109,7 @@ def comparison_table(rows: Sequence[Row]) -> str:
             **setting,
             "Runs": lambda row: str(len(row["runs"])),
             "Test accuracy (%)": lambda row: _spread(row["runs"], "top1"),
-            "With TTA (%)": lambda row: _spread(row["runs"], "top1_tta"),
+            "With TTA (%)": lambda row: _spread_over_views(row["runs"]),
             "Minutes": lambda row: _mean_minutes(row["runs"]),
         }
         text += "\nMean ± standard deviation over runs that differ in their seed alone:\n\n"
@@ -188,6 +188,7 @@ def _row(run_dir: Path) -> Row:
         "epochs": config.get("epochs"),
         "top1": top1,
         "top1_tta": numbers["top1_tta"],
+        "tta": None if numbers["top1_tta"] is None else test.get("tta"),
         "num_test": numbers["n"],
         "limit": config.get("limit"),
         "parameters": run.get("parameters", {}).get("total"),
@@ -270,6 +271,18 @@ def _spread(runs: Sequence[Row], key: str) -> str:
     if len(values) < len(runs):  # a mean over fewer runs than the table says would mislead
         return "-"
     return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
+
+
+def _spread_over_views(runs: Sequence[Row]) -> str:
+    """The spread with TTA; runs over different views have none in common."""
+    if len({row["tta"] for row in runs}) > 1:
+        return "-"
+    return _spread(runs, "top1_tta") + _views(runs[0])
+
+
+def _views(row: Row) -> str:
+    """What an accuracy with TTA is averaged over, where that is known."""
+    return "" if row["tta"] is None else f" ({_escape(row['tta'])})"
 
 
 def _mean_minutes(runs: Sequence[Row]) -> str:

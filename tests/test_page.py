@@ -36,6 +36,7 @@ RUN = {
     "epochs": 3,
     "top1": 0.9,
     "top1_tta": 0.91,
+    "tta": "crops",
     "num_test": 10_000,
     "parameters": 10,
     "seconds": 90.0,

@@ -163,6 +163,21 @@ def test_evaluate_lists_a_run_whose_name_on_disk_is_no_utf8(run):
     assert 'href="caf%E9/index.html"' in Path("results/index.html").read_text(encoding="utf-8")
 
 
+def test_accuracies_over_different_views_say_so_and_have_no_common_mean(tmp_path):
+    for seed, views in ((0, "crops"), (1, "crops")):
+        write_run(tmp_path / f"a{seed}", seed, 0.9)
+        report = {"top1": 0.9, "top1_tta": 0.92 + seed / 100, "tta": views}
+        write_json(tmp_path / f"a{seed}/test.json", report)
+    [line] = groups(tmp_path)
+    assert "| 90.00 ± 0.00 | 92.50 ± 0.71 (crops) |" in line
+    write_json(tmp_path / "a1/test.json", {"top1": 0.9, "top1_tta": 0.8, "tta": "shifts"})
+    [line] = groups(tmp_path)
+    assert "| 90.00 ± 0.00 | - |" in line
+    table = tables.comparison_table(tables.comparison_rows(tmp_path))
+    assert "| 92.00 (crops) |" in table
+    assert "| 80.00 (shifts) |" in table
+
+
 def test_an_accuracy_on_few_test_images_says_how_many(tmp_path):
     write_run(tmp_path / "a", 0, 0.9)
     write_json(tmp_path / "a/test.json", {"top1": 0.9, "n": 60})
