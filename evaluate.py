@@ -166,6 +166,7 @@ from reports import evaluation, export, predictions
 from runtime import processes
 from runtime.device import select_device
 from storage import checkpoint
+from storage.files import tell
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -216,6 +217,7 @@ def _classify(path: Path, args: argparse.Namespace, device: torch.device) -> Non
     if len(args.checkpoints) > 1:
         print(f"{printable(path)}:")
     views = args.tta or _usual_views(saved)
+    _warn_of_mirror_images(views, saved)
     predictions.classify(
         model,
         saved,
@@ -231,12 +233,21 @@ def _usual_views(saved: dict[str, Any]) -> str:
     return evaluation.usual_views(saved["config"].get("flip", "random"))
 
 
+def _warn_of_mirror_images(views: str, saved: dict[str, Any]) -> None:
+    if views in ("flip", "crops") and saved["config"].get("flip") == "none":
+        tell(
+            f"warning: --tta {views} averages over mirror images too, and none trained this "
+            "network (--flip none)"
+        )
+
+
 def _evaluate(path: Path, args: argparse.Namespace, device: torch.device) -> None:
     with processes.agreed():
         model, saved = _load(path, device)
     views = args.tta or "none"
     if args.predictions and not args.tta:
         views = _usual_views(saved)
+    _warn_of_mirror_images(views, saved)
     evaluation.evaluate_checkpoint(
         path,
         model,

@@ -108,7 +108,9 @@ def metadata(saved: dict[str, Any]) -> dict[str, str]:
     """
     temperature = saved["metrics"].get("temperature")
     calibration = "not calibrated"
-    if temperature is not None:
+    if saved.get("unfinished"):
+        calibration = f"not calibrated ({saved['unfinished']})"
+    elif temperature is not None:
         calibration = f"temperature {temperature:.4g}, fitted on validation images"
     return {
         "name": saved["name"],

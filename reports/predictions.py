@@ -16,6 +16,7 @@ from data import ChannelStats, inputs
 from display import figures
 from engine import predict
 from errors import UnusableInput, printable
+from metrics import MIN_CALIBRATION
 from reports.export import stored_side
 from reports.heat_map import heat_maps
 from reports.picture_list import as_text
@@ -260,7 +261,8 @@ def _heading(saved: dict[str, Any], tta: str) -> str:
     views = "each picture as it is" if tta == "none" else f"averaged over views ({tta})"
     calibrated = "calibrated on validation images"
     if saved["metrics"].get("temperature") is None:
-        calibrated = "not calibrated (too few validation images)"
+        needed = f"{MIN_CALIBRATION} validation images and some mistakes among them"
+        calibrated = f"not calibrated (that takes {needed})"
     if saved.get("unfinished"):
         calibrated = f"not calibrated ({saved['unfinished']})"
     return f"probabilities: {views}, {calibrated}"

@@ -286,7 +286,9 @@ def test_a_network_trained_without_mirror_images_is_never_asked_about_them(run, 
     assert len(lines) == 60
     assert all(line.split()[1] == "left" for line in lines)
     # Who asks for mirror images gets them: half of each answer is then about the other side.
-    assert run("evaluate", "checkpoints/custom_cnn.pt", "--tta", "flip").code == 0
+    done = run("evaluate", "checkpoints/custom_cnn.pt", "--tta", "flip")
+    assert (done.code, done.err.count("\n")) == (0, 1)
+    assert "--tta flip averages over mirror images too, and none trained this network" in done.err
     assert report()["top1_tta"] < 0.8
 
 
@@ -385,6 +387,8 @@ def test_an_unfinished_run_is_evaluated_when_named_and_says_so(run, refused, sig
     page = Path("results/custom_cnn/test-unfinished/index.html").read_text()
     assert "an unfinished run, after 0 of 1 epochs" in page
     assert not REPORT.exists()
+    export = run("evaluate", state, "--export", "part.pt2")
+    assert "not calibrated (an unfinished run, after 0 of 1 epochs and 3 steps)" in export.out
     assert state.read_bytes() == before
     assert "no finished checkpoint" in refused("evaluate")
     network, saved = checkpoint.load_unfinished(state)
