@@ -13,7 +13,7 @@ from reports.test_images import test_split
 from sources.known_pictures import BEFORE, first_by_hash, hash_files, labelled_others
 from sources.picture_folder import HASH_DIGITS, Read, read_all, say
 from sources.picture_layout import class_name
-from sources.pictures import HIDDEN, search
+from sources.pictures import HIDDEN, has_picture_ending, search
 
 MOST_NAMED = 10  # classes in a message
 
@@ -122,28 +122,35 @@ def _files_by_class(saved: dict[str, Any], place: Path) -> list[tuple[Path, int]
     found = []
     unknown = []
     num_others = 0
-    for folder in sorted(place.iterdir()):
-        if not folder.is_dir() or folder.name.startswith(HIDDEN):
+    num_outside = 0
+    for inside in sorted(place.iterdir()):
+        if inside.name.startswith(HIDDEN):
             continue
-        if class_name(folder.name) in classes:
-            label = classes.index(class_name(folder.name))
-            pictures, others = search(folder)
+        if not inside.is_dir():
+            num_outside += has_picture_ending(inside)
+        elif class_name(inside.name) in classes:
+            label = classes.index(class_name(inside.name))
+            pictures, others = search(inside)
             found += [(file, label) for file in pictures]
             num_others += len(others)
         else:
-            unknown.append(folder.name)
+            unknown.append(inside.name)
     if unknown:
         raise UnusableInput(
             f"--pictures {name}: the network does not know the class {printable(unknown[0])}; it "
             f"knows {known}; give a folder that holds folders of these alone"
         )
-    if num_others > 0:
-        say([f"{name}: left out: {num_others:,} files without an ending of a picture"])
     if not found:
         raise UnusableInput(
             f"--pictures {name}: holds neither test pictures of the training nor folders of its "
             f"classes with pictures; put them into folders called {known}"
         )
+    lines = []
+    if num_others > 0:
+        lines.append(f"{name}: left out: {num_others:,} files without an ending of a picture")
+    if num_outside > 0:
+        lines.append(f"{name}: left out: {num_outside:,} pictures outside the folders of classes")
+    say(lines)
     return found
 
 

@@ -313,6 +313,8 @@ def test_another_labelled_folder_is_evaluated_beside_the_runs_own_test(
     for number in range(6):
         picture(Path(f"new/left/{number}.png"), number)
     shutil.copy("new/left/0.png", "new/left/copy.png")
+    for number in range(2):
+        picture(Path(f"new/{number}.png"), 70 + number)
     known = checkpoint.load(of_sides)["pictures"]
     by_hash = {sha256(file)[:16]: file for file in sides.rglob("*.png")}
     trained = [by_hash[digest] for digest in known["train"]][:3]
@@ -325,6 +327,7 @@ def test_another_labelled_folder_is_evaluated_beside_the_runs_own_test(
     assert done.code == 0
     assert "on 6 labelled pictures in new, none of them of its training" in done.out
     assert "left out: 4 trained the network, 1 validated it, 2 copies" in done.err
+    assert "new: left out: 2 pictures outside the folders of classes" in done.err
     assert (report("results/custom_cnn/test-new.json")["n"], REPORT.read_bytes()) == (6, own)
     assert "labelled pictures in new" in Path("results/custom_cnn/test-new/index.html").read_text()
     files = sorted(Path(row["file"]).stem for row in table("p.csv"))
