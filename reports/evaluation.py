@@ -21,7 +21,7 @@ from models import Whitening
 from reports import predictions, provenance
 from reports.images_to_evaluate import images_to_evaluate
 from runtime import launch, processes
-from storage import history
+from storage import history, outputs
 from storage.files import read_json, sha256, write_json
 
 Row = dict[str, Any]
@@ -139,7 +139,7 @@ def evaluate_checkpoint(
         batch_size: images of 32x32 pixels at a time.
 
     Raises:
-        UnusableInput: the run's folder holds the results of another checkpoint.
+        UnusableInput: the run's folder holds results of another checkpoint, or a person's files.
     """
     run_dir = results_dir / Path(saved["name"]).name  # whatever a foreign file says
     digest = sha256(path)
@@ -151,6 +151,7 @@ def evaluate_checkpoint(
                 f"{run_dir}/ holds the results of another checkpoint than {printable(path)}: give "
                 "--results-dir"
             )
+        outputs.check_run_dir(run_dir)
         asked = images_to_evaluate(saved, data_dir, pictures, device, scratch=path)
     splits = asked.splits
     temperature = saved["metrics"].get("temperature")

@@ -22,11 +22,12 @@ from runs.loading import settle_precision
 from runtime import launch, processes
 from runtime.amx import as_products
 from runtime.device import select_device
-from storage import checkpoint
+from storage import checkpoint, outputs
 from storage.files import holder, locked, previous, read_json, write_json
 
 # What a resumed run must share with its beginning; other surroundings may differ, with a warning.
 FIXED = ("surgery", "start_weights")
+TEMPORARY = ".*.????????.tmp"  # as `write_atomically` calls its files
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,8 @@ def _claimed(
     ):
         if not settings.resume and _finished(settings, name):
             raise UnusableInput(f"run {name} has finished this moment; repeat the command")
+        if not _exists(state_path):
+            outputs.check_run_dir(results_dir)
         _sweep(settings, name)
         state = None
         if settings.resume:
@@ -328,7 +331,7 @@ def _sweep(settings: Settings, name: str) -> None:
     left = [
         *settings.checkpoint_dir.glob(f".{name}.pt.*.tmp"),
         *settings.checkpoint_dir.glob(f".{name}.resume.pt.*.tmp"),
-        *(settings.results_dir / name).glob(".*.tmp"),
+        *(settings.results_dir / name).glob(TEMPORARY),
     ]
     for path in left:
         path.unlink(missing_ok=True)

@@ -1,9 +1,10 @@
-"""Files that evaluate.py writes where a user says; only what it wrote itself is replaced."""
+"""Files that are written where a user says; only what was written here before is replaced."""
 
 import zipfile
 from pathlib import Path
 
 from errors import UnusableInput, printable
+from storage.files import read_json
 
 # How the first line of a list of predictions begins: which picture, perhaps its true class, ...
 LIST_COLUMNS = ("predicted", "views", "calibrated")
@@ -12,6 +13,8 @@ FIGURE_MARK = "cifar10-pytorch, evaluate.py --figure"  # the PNG's text "Softwar
 EXPORT_METADATA = "metadata.json"  # of the extra files in a .pt2
 # A key of an ONNX file's metadata as the file holds it: a field of protobuf, its length, its text.
 _ONNX_KEY = b"\x0a\x0bcalibration\x12"
+# Files of a run's folder that a person could have, too; pictures are drawn beside them.
+_OF_A_RUN = ("config.json", "history.csv", "test.json", "pictures.csv", "index.html", "curves.png")
 _HEAD = 4096  # bytes of a PNG that hold its texts
 
 
@@ -36,6 +39,24 @@ def check(option: str, path: Path, endings: tuple[str, ...]) -> None:
             f"{option} {name}: exists, and {option} has not written it; give another name, or move "
             "it away"
         )
+
+
+def check_run_dir(run_dir: Path) -> None:
+    """Refuses a run's folder that holds a person's own files of the names that a run writes.
+
+    What a run leaves there names its settings in config.json, which comes before the others.
+
+    Raises:
+        UnusableInput: they would be replaced.
+    """
+    if "config" in read_json(run_dir / "config.json"):
+        return
+    for name in _OF_A_RUN:
+        if (run_dir / name).exists():
+            raise UnusableInput(
+                f"{printable(run_dir / name)}: is of no run, and a run would replace it; give "
+                "another --results-dir, or move it away"
+            )
 
 
 def _is_own(path: Path) -> bool:

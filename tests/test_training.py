@@ -132,6 +132,26 @@ def test_a_run_of_an_older_version_goes_on_as_it_was_begun_or_not_at_all(run, re
     assert run(*SMALL, "--resume").code == 0
 
 
+def test_a_folder_of_a_persons_own_files_is_no_folder_of_a_run(run, refused):
+    RESULTS.mkdir(parents=True)
+    (RESULTS / "notes.txt").write_text("mine")
+    (RESULTS / ".notes.tmp").write_text("mine")
+    assert run(*SMALL).code == 0  # what a run never writes may lie there
+    assert (RESULTS / ".notes.tmp").read_text() == (RESULTS / "notes.txt").read_text() == "mine"
+    for name in ("config.json", "curves.png", "index.html"):
+        place = Path("own", name, "custom_cnn")
+        place.mkdir(parents=True)
+        (place / name).write_text('{"mine": 1}')
+        for command in ((*SMALL, "--run-name", "custom_cnn"), ("evaluate", CHECKPOINT)):
+            words = (
+                f"custom_cnn/{name}: is of no run, and a run would replace it; give another --res"
+            )
+            folders = ("--results-dir", place.parent, "--checkpoint-dir", "new")
+            assert words in refused(*command, *folders)
+        assert [path.name for path in place.iterdir()] == [name]
+        assert (place / name).read_text() == '{"mine": 1}'
+
+
 def test_resume_begins_what_has_not_begun_and_finds_the_unfinished_one_of_a_series(
     run, refused, signal_at
 ):
