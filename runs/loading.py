@@ -31,6 +31,7 @@ from sources.picture_folder import Picture, folder, print_paragraph
 from storage import checkpoint
 from storage.files import sha256
 
+NO_SUCH_WEIGHTS = "--weights {}: no such file; or imagenet, or none"
 UNBALANCED = 5  # a class with so many times another's images is worth a line
 # Where config.json says how the trainings that led to the first weights divided CIFAR-10.
 CIFAR10_BEFORE = "cifar10_before"
@@ -61,7 +62,7 @@ def load_splits(
         UnusableInput: they cannot be had, or have changed since the run began; or the run is to
             begin from a checkpoint that was trained on what is kept for test or validation.
     """
-    begun_from = _checkpoint_to_begin_from(settings.weights)
+    begun_from = _checkpoint_to_begin_from(settings.weights, state)
     if settings.pictures:
         is_chosen = settings.val_fraction != recipes.without_flags(settings).val_fraction
         arrays, pictures, source = folder(
@@ -150,25 +151,42 @@ def _unbalanced_line(splits: Splits, is_weighed: bool) -> str:
 
 
 def _check_same_pictures(folder: Path, before: Known | None, now: Known) -> None:
+    """Refuses to go on with other pictures; `BEFORE` follows from the weights, looked at before."""
     if before is None:
         changed = "an older version began this run and did not note its pictures"
         remedy = "start another run with --run-name NAME"
     else:
         changed = f"changed since this run began: {changes(before, now)}"
         remedy = "restore them, or start another run with --run-name NAME"
-    if before != now:
+    if before is None or changes(before, now):
         raise UnusableInput(f"--resume with --pictures {printable(folder)}: {changed}; {remedy}")
 
 
-def _checkpoint_to_begin_from(weights: str | None) -> dict[str, Any] | None:
-    """What a checkpoint says of itself; None where a run begins from anything else."""
-    if (
-        weights is None
-        or not Path(weights).is_file()
-        or not checkpoint.is_checkpoint(Path(weights))
-    ):
+def _checkpoint_to_begin_from(
+    weights: str | None, state: dict[str, Any] | None
+) -> dict[str, Any] | None:
+    """What a checkpoint says of itself; None where a run begins from anything else.
+
+    Args:
+        weights: the setting.
+        state: of the run that goes on, or None.
+
+    Raises:
+        UnusableInput: there is no such file, or it is another than the run began from.
+    """
+    if weights in (None, "none", "imagenet"):
         return None
-    _, content = checkpoint.load_checkpoint(weights)
+    path = Path(weights)
+    if not path.is_file():
+        raise UnusableInput(NO_SUCH_WEIGHTS.format(printable(weights)))
+    if state and state["identity"]["start_weights"].get("sha256") != sha256(path):
+        raise UnusableInput(
+            f"--resume with --weights {printable(weights)}: is another file than this run began "
+            "from; restore it, or start another run with --run-name NAME"
+        )
+    if not checkpoint.is_checkpoint(path):
+        return None
+    _, content = checkpoint.load_checkpoint(path)
     return content
 
 
@@ -290,7 +308,7 @@ def start_weights(
         state, provenance = imagenet.imagenet_weights(arch, model.weights_url)
         load = model.load_pretrained
     elif not path.is_file():
-        raise UnusableInput(f"--weights {printable(wanted)}: no such file; or imagenet, or none")
+        raise UnusableInput(NO_SUCH_WEIGHTS.format(printable(wanted)))
     elif checkpoint.is_checkpoint(path):
         state = _of_checkpoint(path, model, arch, classes)
         provenance = {"source": "checkpoint", "file": str(path), "sha256": sha256(path)}

@@ -35,9 +35,9 @@ def known(pictures: Mapping[str, list[Picture]]) -> Known:
 
 
 def changes(before: Known, now: Known) -> str:
-    """Says what differs between the pictures of a run as it began and now; empty where nothing."""
-    old = _by_hash(before)
-    new = _by_hash(now)
+    """Says what differs between the splits of a run as it began and now; empty where nothing."""
+    old = _by_hash({split: those for split, those in before.items() if split != BEFORE})
+    new = _by_hash({split: those for split, those in now.items() if split != BEFORE})
     old_classes = {name for _, name in old.values()}
     new_classes = {name for _, name in new.values()}
     said = [f"class {name} is gone" for name in sorted(old_classes - new_classes)[:3]]

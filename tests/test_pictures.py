@@ -1195,6 +1195,26 @@ def test_resume_refuses_pictures_that_changed(after, run, refused, signal_at, ch
     assert "restore them, or start another run with --run-name NAME" in line
 
 
+def test_resume_of_a_run_that_began_from_a_checkpoint_says_what_is_missing(
+    after, run, refused, signal_at
+):
+    weights = Path("checkpoints/custom_cnn.pt")
+    begin = (*TINY, "--weights", weights, "--run-name", "cut")
+    signal_at(3, 2)
+    assert run(*begin).code == 130
+    weights.rename("away.pt")
+    assert f"--weights {weights}: no such file" in refused(*begin, "--resume")
+    checkpoint.save(weights, checkpoint.load(Path("away.pt")) | {"pictures": {"train": {"1": "a"}}})
+    assert f"{weights}: is another file than this run began from" in refused(*begin, "--resume")
+    Path("away.pt").replace(weights)
+    known = checkpoint.load(weights)["pictures"]["train"]
+    gone = next(path for path in (after / "noise").rglob("*.*") if sha256(path)[:16] in known)
+    gone.rename("away.png")
+    assert "began: pictures removed or changed: 1;" in refused(*begin, "--resume")
+    Path("away.png").rename(gone)
+    assert run(*begin, "--resume").code == 0
+
+
 def test_what_follows_from_the_number_of_pictures_is_said_and_resumed(run, refused, signal_at):
     noise(Path("noise"), {"a": 40, "b": 40})
     words = "train_custom --recipe classic --image-size 16 --precision fp32 --device cpu"
