@@ -173,7 +173,8 @@ def finetune(given: dict[str, Any]) -> FineTuneSettings:
     Of one's own pictures see `by_number`.
 
     Raises:
-        UnusableInput: see `Settings`; or images are to be moved whose output is to be kept.
+        UnusableInput: see `Settings`; or images are to be moved whose output is to be kept; or
+            rates are given to stages that do not train.
     """
     chosen = FineTuneSettings(**_finetune_defaults(given) | _unsettled(given) | given)
     changes_input = chosen.translate or chosen.cutout or chosen.small_first
@@ -181,6 +182,11 @@ def finetune(given: dict[str, Any]) -> FineTuneSettings:
         raise UnusableInput(
             "--translate, --cutout and --small-first change the input of the frozen part, whose "
             "output is kept: add --no-cache, or leave them out"
+        )
+    if "stage_lr_scale" in given and chosen.unfreeze == "head":
+        raise UnusableInput(
+            f"--stage-lr-scale {chosen.stage_lr_scale:g}: with --unfreeze head no stage trains; "
+            "leave it out, or take another part"
         )
     return chosen
 

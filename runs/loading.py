@@ -335,6 +335,7 @@ def _of_checkpoint(
         raise UnusableInput(f"--weights {printable(path)}: holds a {content['arch']}, not a {arch}")
     state = trained.state_dict()
     if content["classes"] != list(classes):
+        print(f"{printable(path)} knows other classes: the last layer begins anew", flush=True)
         for key, value in model.state_dict().items():
             if key.startswith(f"{model.classifier_name}."):
                 state[key] = value

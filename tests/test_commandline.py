@@ -155,6 +155,7 @@ finetune --weights other.pth         | other.pth: the weights lack
 finetune --weights nan.pth           | its 'x' holds numbers that are not finite
 train_custom --weights nan.pth --batch-size 64 | its 'x' holds numbers that are not finite
 finetune --unfreeze last --translate 2 | add --no-cache
+finetune --unfreeze head --stage-lr-scale 0.1 | --stage-lr-scale 0.1: with --unfreeze head no stage
 finetune --unfreeze some             | --unfreeze some: choose from head, last, most, all
 evaluate                             | no finished checkpoint in checkpoints/: run `python train
 evaluate absent.pt                   | absent.pt

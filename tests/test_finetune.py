@@ -223,7 +223,7 @@ def test_finetuned_checkpoint_says_where_it_began_and_needs_nothing_to_be_used(r
         torch.testing.assert_close(parameter, other, atol=1e-4, rtol=1e-4)
 
 
-def test_a_checkpoint_of_other_classes_gives_all_but_its_classifier(run):
+def test_a_checkpoint_of_other_classes_gives_all_but_its_classifier(run, capsys):
     assert run(*TINY, "--weights", "none", "--unfreeze", "head").code == 0
     path = "checkpoints/mobilenet_v3_small.pt"
     trained = checkpoint.load_checkpoint(Path(path))[0].state_dict()
@@ -233,6 +233,7 @@ def test_a_checkpoint_of_other_classes_gives_all_but_its_classifier(run):
     assert torch.equal(model.classifier.weight, begun)
     state = model.state_dict()
     differ = {key for key in state if not torch.equal(state[key], trained[key])}
+    assert f"{path} knows other classes: the last layer begins anew" in capsys.readouterr().out
     assert differ == {f"{model.classifier_name}.weight", f"{model.classifier_name}.bias"}
 
 
