@@ -226,7 +226,7 @@ def _scores(report: Row) -> list[dict[str, Any]]:
     by_class = report.get("by_class")
     if not by_class:
         return []
-    rows = {**by_class, "mean": report.get("macro") or {}}
+    rows = [*by_class.items(), ("mean", report.get("macro") or {})]
     return [
         {
             "name": name,
@@ -235,7 +235,7 @@ def _scores(report: Row) -> list[dict[str, Any]]:
             "precision": _fixed(scores.get("precision"), 100),
             "f1": _fixed(scores.get("f1"), 100),
         }
-        for name, scores in rows.items()
+        for name, scores in rows
     ]
 
 

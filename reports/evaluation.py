@@ -346,13 +346,13 @@ def summary(report: Row) -> str:
 
 def class_table(report: Row) -> str:
     """Accuracy, precision, recall and F1 of each class in per cent, the macro averages last."""
-    scores = report["by_class"] | {"macro average": report["macro"]}
-    names = {name: printable(name) for name in scores}
-    width = min(max(len(text) for text in names.values()), 40)
+    rows = [(printable(name), values) for name, values in report["by_class"].items()]
+    rows.append(("macro average", report["macro"]))
+    width = min(max(len(text) for text, _ in rows), 40)
     lines = [f"{'class':<{width}}  {'precision':>9} {'recall':>7} {'F1':>7}"]
-    for name, values in scores.items():
+    for text, values in rows:
         precision, recall, f1 = (_percent(values[key]) for key in ("precision", "recall", "f1"))
-        lines.append(f"{names[name]:<{width}.{width}}  {precision:>9} {recall:>7} {f1:>7}")
+        lines.append(f"{text:<{width}.{width}}  {precision:>9} {recall:>7} {f1:>7}")
     return "\n".join(lines)
 
 

@@ -5,6 +5,7 @@ import pytest
 
 from display import pages
 from display.live import Live
+from reports import evaluation
 
 EVIL = "<script>alert(1)</script>\"><img src=x onerror='alert(2)'>&\x1b[31m\udcff"
 VOID = {"meta", "img", "line", "circle", "polyline"}
@@ -226,3 +227,16 @@ def test_points_of_the_loss_do_not_mix_epochs():
         epoch, images = (step - 1) // 3, 32 * ((step - 1) % 3 + 1)
         live.note(epoch, step, 0.1, (epoch + 1) * images, images, 0)
     assert [(step, loss) for step, loss, _ in live.points] == [(4, 2), (8, 3), (12, 4)]
+
+
+def test_a_class_called_like_the_mean_keeps_its_own_row():
+    scores = {"precision": 0.25, "recall": 0.25, "f1": 0.25, "images": 3}
+    named = {"cat": scores, "mean": scores, "macro average": scores}
+    report = {"by_class": named, "macro": scores | {"recall": 0.75}}
+    rows = [(row["name"], row["recall"]) for row in pages._scores(report)]
+    shares = [("cat", "25.00"), ("mean", "25.00"), ("macro average", "25.00"), ("mean", "75.00")]
+    assert rows == shares
+    lines = evaluation.class_table(report).splitlines()[1:]
+    names = [line.split("  ")[0].strip() for line in lines]
+    assert names == ["cat", "mean", "macro average", "macro average"]
+    assert "75.00" in lines[3]
