@@ -109,6 +109,10 @@ BY_NETWORK = {
 }
 # Of one's own pictures there are few, mostly, and most are larger than CIFAR-10's 32 pixels.
 OWN_PICTURES: dict[str, dict[str, Any]] = {"resnet18": {"image_size": 160, "average": 0.6}}
+# Photographs show more on ImageNet's side; there the last stage is enough, whose input is kept.
+LARGE_SIDE = 224
+LARGE_FROM = 200  # pixels of the shorter side; enlarged ones show nothing more
+OWN_LARGE_PICTURES: dict[str, dict[str, Any]] = {"resnet18": {"unfreeze": "last"}}
 # Nothing to keep, more to learn.
 FROM_SCRATCH: dict[str, Any] = {"unfreeze": "all", "stage_lr_scale": 1.0, "epochs": 10}
 
@@ -197,12 +201,28 @@ def _finetune_defaults(given: dict[str, Any]) -> dict[str, Any]:
     usual = defaults["unfreeze"]
     if given.get("pictures"):
         defaults |= OWN_PICTURES.get(arch, {})
+        if given.get("image_size", 0) >= LARGE_SIDE:
+            defaults |= OWN_LARGE_PICTURES.get(arch, {})
     if given.get("weights") == "none":
         defaults |= FROM_SCRATCH
     part = given.get("unfreeze", defaults["unfreeze"])
     if part != usual:
         defaults |= BY_PART.get(part, {})
     return defaults
+
+
+def by_side(given: dict[str, Any], median_side: int) -> dict[str, Any]:
+    """What was given of a fine-tuning, with the side of the input that suits one's own pictures.
+
+    Args:
+        given: the flags, by name; a side among them stays.
+        median_side: of the pictures' shorter sides, pixels.
+    """
+    is_pretrained = given.get("weights") != "none"
+    is_meant = is_pretrained and given.get("arch", FineTuneSettings.arch) in OWN_LARGE_PICTURES
+    if is_meant and median_side >= LARGE_FROM:
+        return {"image_size": LARGE_SIDE} | given
+    return given
 
 
 def _unsettled(given: dict[str, Any]) -> dict[str, None]:
@@ -248,10 +268,13 @@ def _named(table: dict[str, dict[str, Any]], name: str) -> dict[str, Any]:
 
 def without_flags(settings: AnySettings) -> AnySettings:
     """The settings of the same recipe or network, and of the same pictures, without other flags."""
-    given = {"pictures": settings.pictures}
+    given: dict[str, Any] = {"pictures": settings.pictures}
     if isinstance(settings, CustomSettings):
         return custom(given | {"recipe": settings.recipe})
-    return finetune(given | {"arch": settings.arch})
+    given["arch"] = settings.arch
+    if settings.arch in OWN_LARGE_PICTURES and settings.image_size == LARGE_SIDE:
+        given["image_size"] = LARGE_SIDE  # it followed from the pictures
+    return finetune(given)
 
 
 def changed(settings: Settings, num_images: int) -> dict[str, Any]:

@@ -28,6 +28,7 @@ ABSENT = {
     "fit": "crop",
     "labels": None,
     "balance": False,
+    "average": 0.0,
 }
 FEW_IMAGES = 1000  # an accuracy on fewer test images says how many there were
 
