@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, SMALL
 
+import finetune
 import models
 import train_custom
 from config import recipes
@@ -70,15 +71,16 @@ def test_a_run_of_before_a_setting_existed_is_pooled_with_one_of_its_default(tmp
         write_run(tmp_path / name, without, 0.92)
         run = tables._read(tmp_path / name / "config.json")
         for key in (*tables.ABSENT, "network"):
-            run["config"].pop(key, None)  # average is of fine-tuning alone
+            run["config"].pop(key, None)  # those of finetune.py are not there
         del run["surgery"]["momentum"], run["changed"]
         write_json(tmp_path / name / "config.json", run | {"start_weights": None})
     [line] = groups(tmp_path)
     assert "| 3 | 91.33 ± 1.15 |" in line
     # A setting that is added needs its former value there, or it splits every group.
-    committed = tables._read(ROOT / "results/reference/custom_cnn-classic/config.json")["config"]
-    today = train_custom.parse([]).plain()
-    assert today.keys() - committed.keys() <= {*tables.ABSENT, "network"}
+    for run, script in (("custom_cnn-classic", train_custom), ("resnet18", finetune)):
+        committed = tables._read(ROOT / f"results/reference/{run}/config.json")["config"]
+        today = script.parse([]).plain()
+        assert today.keys() - committed.keys() <= {*tables.ABSENT, "network"}
 
 
 @pytest.mark.parametrize(
