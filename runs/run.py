@@ -215,9 +215,11 @@ def _check_surroundings(saved: dict[str, Any], here: dict[str, Any]) -> None:
 def _announce(run: Run, described: dict[str, Any]) -> None:
     sizes = described["splits"]
     counts = described["parameters"]
+    side = described["image_size"]
     print(
         f"{run.name}: {described['arch']}, {counts['total']:,} parameters, "
-        f"{counts['trainable']:,} of them train, {described['config']['epochs']} epochs\n"
+        f"{counts['trainable']:,} of them train\n"
+        f"{described['config']['epochs']} epochs, input of {side}x{side} pixels\n"
         f"{sizes['train']:,} training, {sizes['val']:,} validation, {sizes['test']:,} test images\n"
         f"on {described['environment']['hardware']}\n"
         f"live page {run.results_dir / 'index.html'}",
