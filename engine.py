@@ -170,12 +170,13 @@ def train(
             if done >= average_from:
                 add_to_averages(at, trained)
             yield at
-        use_averages = average > 0 and at.epoch + 1 == epochs
+        use_averages = len(at.averages) > 0 and at.epoch + 1 == epochs
         if use_averages:
             with torch.no_grad():
                 torch._foreach_copy_(trained, at.averages)
         # After 12 steps at momentum 0.1 they would still hold 28 % of their initial values.
-        if use_averages or statistics_are_young(model, (at.epoch + 1) * num_steps):
+        is_moved = use_averages and len(tracking_batchnorms(model)) > 0
+        if is_moved or statistics_are_young(model, (at.epoch + 1) * num_steps):
             some = itertools.islice(batches.epoch(at.epoch), MEASURED)
             measure_statistics(model, some, precision)
         at.epoch += 1

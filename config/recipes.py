@@ -111,13 +111,22 @@ BY_NETWORK = {
 OWN_PICTURES: dict[str, dict[str, Any]] = {"resnet18": {"image_size": 160, "average": 0.6}}
 # Photographs show more on ImageNet's side; there the last stage is enough, whose input is kept.
 LARGE_SIDE = 224
-LARGE_FROM = 200  # pixels of the shorter side; enlarged ones show nothing more
+LARGE_FROM = 200  # pixels of the pictures' shorter side; small ones enlarged show nothing more
 OWN_LARGE_PICTURES: dict[str, dict[str, Any]] = {"resnet18": {"unfreeze": "last"}}
 # Nothing to keep, more to learn.
-FROM_SCRATCH: dict[str, Any] = {"unfreeze": "all", "stage_lr_scale": 1.0, "epochs": 10}
+FROM_SCRATCH: dict[str, Any] = {
+    "unfreeze": "all",
+    "stage_lr_scale": 1.0,
+    "epochs": 10,
+    "average": 0.0,
+}
+# These change the input of a frozen part, whose output could not be kept.
+CHANGE_INPUT = ("translate", "cutout", "small_first")
 
 # Settings whose default follows from the number of training images where these are one's own.
 BY_NUMBER = ("epochs", "batch_size")
+# Likewise from their sides.
+BY_SIDE = {"image_size", "unfreeze", "translate"}
 
 
 class _LeastWork(NamedTuple):
@@ -181,7 +190,7 @@ def finetune(given: dict[str, Any]) -> FineTuneSettings:
             rates are given to stages that do not train.
     """
     chosen = FineTuneSettings(**_finetune_defaults(given) | _unsettled(given) | given)
-    changes_input = chosen.translate or chosen.cutout or chosen.small_first
+    changes_input = any(getattr(chosen, name) for name in CHANGE_INPUT)
     if chosen.cached and changes_input:
         raise UnusableInput(
             "--translate, --cutout and --small-first change the input of the frozen part, whose "
@@ -201,7 +210,8 @@ def _finetune_defaults(given: dict[str, Any]) -> dict[str, Any]:
     usual = defaults["unfreeze"]
     if given.get("pictures"):
         defaults |= OWN_PICTURES.get(arch, {})
-        if given.get("image_size", 0) >= LARGE_SIDE:
+        moves = any(given.get(name) for name in CHANGE_INPUT)
+        if given.get("image_size", 0) >= LARGE_SIDE and not moves:
             defaults |= OWN_LARGE_PICTURES.get(arch, {})
     if given.get("weights") == "none":
         defaults |= FROM_SCRATCH
@@ -272,8 +282,9 @@ def without_flags(settings: AnySettings) -> AnySettings:
     if isinstance(settings, CustomSettings):
         return custom(given | {"recipe": settings.recipe})
     given["arch"] = settings.arch
-    if settings.arch in OWN_LARGE_PICTURES and settings.image_size == LARGE_SIDE:
-        given["image_size"] = LARGE_SIDE  # it followed from the pictures
+    is_large = settings.image_size is not None and settings.image_size >= LARGE_SIDE
+    if settings.pictures and settings.arch in OWN_LARGE_PICTURES and is_large:
+        given["image_size"] = LARGE_SIDE  # it follows from the pictures
     return finetune(given)
 
 

@@ -141,7 +141,7 @@ class Settings:
         "side of the network's input, pixels",
         at_least=16,
         below=513,
-        own="resnet18 160, or 224 where most are that large",
+        own="resnet18 160, or 224 where most have sides of 200 or more",
     )
     fit: str = setting(
         "crop",
@@ -251,7 +251,11 @@ class FineTuneSettings(Settings):
         "imagenet", DAILY, "begin from imagenet, none (random), a file of weights or a checkpoint"
     )
     unfreeze: str = setting(
-        None, FIT, "which part trains; the rest stays", choices=("head", "last", "most", "all")
+        None,
+        FIT,
+        "which part trains; the rest stays",
+        choices=("head", "last", "most", "all"),
+        own="resnet18 last at 224 pixels and more",
     )
     # Not Muon: it sets the norms of the layers, and pretrained ones are to keep theirs.
     optimizer: str = setting("adamw", FIT, "how gradients become steps", choices=("adam", "adamw"))

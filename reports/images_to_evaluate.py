@@ -10,7 +10,7 @@ from data import ChannelStats, Split, Splits
 from errors import UnusableInput, printable
 from reports.export import stored_side
 from reports.test_images import test_split
-from sources.known_pictures import BEFORE, first_by_hash, hash_files, labelled_others
+from sources.known_pictures import BEFORE, COPIES, first_by_hash, hash_files, labelled_others
 from sources.picture_folder import HASH_DIGITS, Read, read_all, say
 from sources.picture_layout import class_name
 from sources.pictures import HIDDEN, has_picture_ending, search
@@ -69,8 +69,8 @@ def images_to_evaluate(
     if num_others:
         line = (
             f"{printable(place)}: not counted: {num_others:,} labelled pictures that the training "
-            f"did not use, for {len(found):,} of its test pictures lie there too; give a folder "
-            "without these to evaluate on the others"
+            f"did not use, for {len(found):,} of its test pictures lie there too; to evaluate on "
+            "them, give a folder that holds none of its test pictures"
         )
         say([line])
     splits = test_split(saved, data_dir, place, device, scratch)
@@ -127,7 +127,8 @@ def _files_by_class(saved: dict[str, Any], place: Path) -> list[tuple[Path, int]
         if inside.name.startswith(HIDDEN):
             continue
         if not inside.is_dir():
-            num_outside += has_picture_ending(inside)
+            if has_picture_ending(inside):
+                num_outside += 1
         elif class_name(inside.name) in classes:
             label = classes.index(class_name(inside.name))
             pictures, others = search(inside)
@@ -167,7 +168,9 @@ def _usable(
         labels_of.setdefault(content, set()).add(label)
         hashes_of.setdefault(content, set()).add(digest[:HASH_DIGITS])
     trained = known.get("train", {}).keys() | known.get(BEFORE, {}).keys()
-    left_out = dict.fromkeys(("trained the network", "validated it", "copies", "in two classes"), 0)
+    seen_copies = "copies of its validation or test pictures"
+    reasons = ("trained the network", "validated it", seen_copies, "copies", "in two classes")
+    left_out = dict.fromkeys(reasons, 0)
     rows: dict[str, int] = {}
     for row, content in enumerate(read.contents):
         if content == "":  # unreadable, and named
@@ -176,6 +179,8 @@ def _usable(
             left_out["trained the network"] += 1
         elif known.get("val", {}).keys() & hashes_of[content]:
             left_out["validated it"] += 1
+        elif known.get(COPIES, {}).keys() & hashes_of[content]:
+            left_out[seen_copies] += 1
         elif len(labels_of[content]) > 1:
             left_out["in two classes"] += 1
         elif content in rows:

@@ -258,10 +258,16 @@ def _check_validation(
         trained, _ = _divided(labels, **training)
         num_seen = len(np.intersect1d(trained, kept))
         if num_seen:
+            remedy = "give --val-fraction 0"
+            last = trainings[-1]  # what it kept aside trained none of those before it, either
+            if last["val_fraction"] > 0:
+                remedy = (
+                    f"give --seed {last['seed']} --val-fraction {last['val_fraction']:g}, as its "
+                    "training had them, or --val-fraction 0"
+                )
             raise UnusableInput(
                 f"--weights {name}: {num_seen:,} of the {len(kept):,} validation images trained "
-                f"it; give --seed {training['seed']} --val-fraction {training['val_fraction']:g}, "
-                "as that training had them, or --val-fraction 0"
+                f"it; {remedy}"
             )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from config.recipes import BY_NUMBER
+from config.recipes import BY_NUMBER, BY_SIDE
 from config.settings import WITHOUT_EFFECT, Settings, flag, typed
 from data import Splits, TrainBatches
 from display.live import best_effort
@@ -219,7 +219,7 @@ def _announce(run: Run, described: dict[str, Any]) -> None:
     print(
         f"{run.name}: {described['arch']}, {counts['total']:,} parameters, "
         f"{counts['trainable']:,} of them train\n"
-        f"{described['config']['epochs']} epochs, input of {side}x{side} pixels\n"
+        f"epochs: {described['config']['epochs']}, input: {side}x{side} pixels\n"
         f"{sizes['train']:,} training, {sizes['val']:,} validation, {sizes['test']:,} test images\n"
         f"on {described['environment']['hardware']}\n"
         f"live page {run.results_dir / 'index.html'}",
@@ -352,6 +352,8 @@ def _check_same(settings: Settings, saved: dict[str, Any], name: str) -> None:
         name: of the run.
     """
     may_differ = {*WITHOUT_EFFECT, "run_name", "device"}
+    if settings.pictures and not settings.pictures.exists():
+        may_differ |= BY_SIDE  # nothing tells their sides; loading will say what is missing
     here = settings.plain()
     different = []
     for key, value in here.items():

@@ -15,6 +15,7 @@ from storage.files import sha256
 # Beside "train", "val" and "test": what else is known to the network, through the training that it
 # began from, or as other bytes that make the square of a training picture.
 BEFORE = "before"
+COPIES = "copies"  # other bytes that make the square of a validation or test picture
 Known = dict[str, dict[str, str]]  # of "train", "val", "test" the hashes, each with its class
 
 
@@ -24,20 +25,22 @@ def known(pictures: Mapping[str, list[Picture]]) -> Known:
         split: {picture.hash: picture.class_name for picture in those}
         for split, those in pictures.items()
     }
-    copies = {
-        digest: picture.class_name
-        for picture in pictures.get("train", [])
-        for digest in picture.copies
-    }
-    if copies:
-        kept[BEFORE] = kept.get(BEFORE, {}) | copies
+    for split, key in (("train", BEFORE), ("val", COPIES), ("test", COPIES)):
+        copies = {
+            digest: picture.class_name
+            for picture in pictures.get(split, [])
+            for digest in picture.copies
+        }
+        if copies:
+            kept[key] = kept.get(key, {}) | copies
     return kept
 
 
 def changes(before: Known, now: Known) -> str:
     """Says what differs between the splits of a run as it began and now; empty where nothing."""
-    old = _by_hash({split: those for split, those in before.items() if split != BEFORE})
-    new = _by_hash({split: those for split, those in now.items() if split != BEFORE})
+    aside = (BEFORE, COPIES)
+    old = _by_hash({split: those for split, those in before.items() if split not in aside})
+    new = _by_hash({split: those for split, those in now.items() if split not in aside})
     old_classes = {name for _, name in old.values()}
     new_classes = {name for _, name in new.values()}
     said = [f"class {name} is gone" for name in sorted(old_classes - new_classes)[:3]]
@@ -134,7 +137,8 @@ def labelled_others(folder: Path, places: Mapping[str, Path], pictures: Known) -
         inside = {class_name(part) for part in below.parent.parts}
         if digest in by_hash or not has_picture_ending(file) or _in_test(below):
             continue
-        number += not classes.isdisjoint(inside)
+        if not classes.isdisjoint(inside):
+            number += 1
     return number
 
 

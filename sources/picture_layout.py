@@ -249,11 +249,16 @@ def _check_classes(path: Path, classes: tuple[str, ...], folders: _Folders) -> N
             raise UnusableInput(
                 f"{name}: its only folder is {place}/, which holds {len(inner):,}; name that one"
             )
-        splits = sorted(wanted for wanted in inner if split_of(wanted) in ("val", "test"))
+        splits = sorted(
+            inside.name
+            for folder in folders[each]
+            for inside in folder.iterdir()
+            if inside.is_dir() and split_of(inside.name) in ("val", "test") and find([inside])
+        )
         if others and splits:
             raise UnusableInput(
                 f"{name}: {place}/{splits[0]}/ is called like a split, inside a class; make it "
-                f"{splits[0]}/{each}/ beside train/{each}/, or give it another name"
+                f"{splits[0]}/{each}/, or give it another name"
             )
     if not classes and find([path]):
         raise UnusableInput(

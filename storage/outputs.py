@@ -14,7 +14,18 @@ EXPORT_METADATA = "metadata.json"  # of the extra files in a .pt2
 # A key of an ONNX file's metadata as the file holds it: a field of protobuf, its length, its text.
 _ONNX_KEY = b"\x0a\x0bcalibration\x12"
 # Files of a run's folder that a person could have, too; pictures are drawn beside them.
-_OF_A_RUN = ("config.json", "history.csv", "test.json", "pictures.csv", "index.html", "curves.png")
+_OF_A_RUN = (
+    "config.json",
+    "history.csv",
+    "test.json",
+    "pictures.csv",
+    "index.html",
+    "curves.png",
+    "confusion_matrix.png",
+    "mistakes.png",
+    "calibration.png",
+    "first_layer.png",
+)
 _HEAD = 4096  # bytes of a PNG that hold its texts
 
 
@@ -36,8 +47,8 @@ def check(option: str, path: Path, endings: tuple[str, ...]) -> None:
         raise UnusableInput(f"{option} {name}: is a folder; give a file's name")
     if path.exists() and not _is_own(path):
         raise UnusableInput(
-            f"{option} {name}: exists, and {option} has not written it; give another name, or move "
-            "it away"
+            f"{option} {name}: exists, and {option} has not written it, or an older version has; "
+            "give another name, or move it away"
         )
 
 

@@ -79,6 +79,8 @@ def test_help_shows_every_default_and_those_of_each_recipe_and_network(kind, tab
         (finetune, "--weights none", {"unfreeze": "all", "epochs": 10, "stage_lr_scale": 1.0}),
         (finetune, "--weights none --epochs 4", {"unfreeze": "all", "epochs": 4}),
         (finetune, "--weights none --unfreeze head", {"unfreeze": "head"}),
+        (finetune, "--pictures p", {"average": 0.6}),
+        (finetune, "--pictures p --weights none", {"average": 0.0}),
     ],
 )
 def test_defaults_follow_recipe_network_and_part_and_flags_replace_them(script, flags, expected):
@@ -95,6 +97,10 @@ def test_changes_of_a_recipe_are_named_but_seed_device_and_files_are_none():
     assert recipes.changed(own, 300) == {"pictures": "p", "dropout": 0.5}
     large = recipes.by_number(finetune.parse(["--pictures", "p"], lambda folder: 400), 300)
     assert recipes.changed(large, 300) == {"pictures": "p"}
+    larger = recipes.by_number(finetune.parse(["--pictures", "p", "--image-size", "256"]), 300)
+    assert recipes.changed(larger, 300) == {"pictures": "p", "image_size": 256}
+    cifar10 = finetune.parse(["--image-size", "224"])
+    assert recipes.changed(cifar10, 48_000) == {"image_size": 224}
 
 
 @pytest.mark.parametrize(
@@ -105,6 +111,7 @@ def test_changes_of_a_recipe_are_named_but_seed_device_and_files_are_none():
         ("--image-size 96", 400, (96, "most", 2)),
         ("--image-size 224", 32, (224, "last", 0)),
         ("--unfreeze most", 400, (224, "most", 2)),
+        ("--translate 3", 400, (224, "most", 3)),
         ("--weights none", 400, (160, "all", 2)),
         ("--arch vgg19", 400, (80, "last", 0)),
     ],

@@ -345,6 +345,14 @@ def test_the_averaged_weights_are_the_mean_of_the_last_steps_with_statistics_of_
     torch.testing.assert_close(model[0].running_mean, means)
 
 
+def test_a_share_of_less_than_a_step_averages_nothing():
+    model, optimizer = normalising()
+    for at in engine.train(model, optimizer, Few(3), epochs=2, lr=1e-3, average=0.01):
+        if at.step:
+            last = model[0].weight.detach().clone()
+    assert torch.equal(model[0].weight, last)
+
+
 def test_frozen_batchnorm_statistics_do_not_move():
     frozen, trained = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
     frozen.requires_grad_(False)

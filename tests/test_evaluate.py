@@ -136,7 +136,7 @@ def test_what_a_flag_names_is_replaced_only_where_the_same_flag_wrote_it(
     for option, name, words in (
         ("--figure", "seen.jpg", "the ending must be .png"),
         ("--figure", trained, "the ending must be .png"),
-        ("--figure", "photos/0.png", "--figure has not written it; give another name"),
+        ("--figure", "photos/0.png", "--figure has not written it, or an older version has; give"),
         ("--figure", "elsewhere.png", "--figure has not written it"),
         ("--predictions", trained, "the ending must be .csv"),
         ("--predictions", "labels.csv", "--predictions has not written it"),

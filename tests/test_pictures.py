@@ -24,7 +24,7 @@ import train_custom
 from errors import UnusableInput
 from reports import picture_list
 from runtime import memory
-from sources import picture_folder, pictures
+from sources import known_pictures, picture_folder, pictures
 from sources.known_pictures import changes
 from sources.picture_folder import Picture
 from storage import checkpoint
@@ -596,6 +596,7 @@ def test_a_picture_saved_in_two_formats_counts_once_whichever_name_comes_first(t
         assert picture.hash == min(both)
         assert len(both) == 2
         assert len(both & known) == 1
+    assert len(set().union(*known_pictures.known(split).values())) == 60  # no copy is forgotten
     for number, path in enumerate(bitmaps):
         path.rename(path.with_name(f"{'A' if number % 2 else 'z'}{path.name}"))
     again, _, _ = read(tmp_path)
@@ -693,7 +694,7 @@ def test_unreadable_pictures_are_named_counted_and_left_out(tmp_path, capsys):
         (dict.fromkeys(map(str, range(1001)), 0), "folders of classes: 1,001"),
         (
             {"cat/train": 5, "cat/test": 5, "dog": 5},
-            "cat/test/ is called like a split, inside a class; make it test/cat/ beside train/cat/",
+            "cat/test/ is called like a split, inside a class; make it test/cat/, or give it",
         ),
         ({"train/cat": 5, "train/dog/Val": 5}, "train/dog/Val/ is called like a split, inside"),
         ({"deep/train": 5, "deep/test": 5}, "its only folder is deep/, which holds 2; name that"),
