@@ -183,10 +183,21 @@ def _name(path: Path) -> str:
 
 
 def _folders(path: Path) -> _Folders:
+    """The folders in a folder by the class they stand for, which two ways of writing Ä share.
+
+    Raises:
+        UnusableInput: two names differ in white space or other characters that do not show.
+    """
     found: _Folders = {}
     for place in sorted(path.iterdir()):
         if place.is_dir() and not place.name.startswith(HIDDEN):
             found.setdefault(class_name(place.name), []).append(place)
+    for wanted, places in found.items():
+        if len({unicodedata.normalize("NFC", place.name) for place in places}) > 1:
+            raise UnusableInput(
+                f"{printable(path)}: {len(places)} folders are shown as {wanted}, for their names "
+                "differ in characters that do not show; rename them, or make them one"
+            )
     return found
 
 

@@ -608,6 +608,12 @@ def test_a_picture_saved_in_two_formats_counts_once_whichever_name_comes_first(t
     assert said["per_class"] == {"cat": 10, "dog": 19}
 
 
+def test_folders_whose_names_look_alike_are_refused_not_merged(tmp_path):
+    classes(tmp_path, (("a b", 3), ("a\tb", 3), ("dog", 3)))
+    with pytest.raises(UnusableInput, match="2 folders are shown as a b"):
+        read(tmp_path)
+
+
 def test_given_splits_are_honoured_and_a_copy_in_test_does_not_train(tmp_path, capsys):
     for number, split in enumerate(("train", "val", "test")):
         classes(tmp_path / split, (("cat", 2), ("dog", 2)), first=100 * number)
