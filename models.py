@@ -156,8 +156,8 @@ FAINT = 4e-5
 def whiten(layer: Whitening, x: Tensor, eps: float = 5e-4) -> None:
     """Fits the filters: the eigenvectors of patches' covariance over the root of their eigenvalues.
 
-    Directions that hardly occur (`FAINT`) are amplified no more than the weakest that does:
-    otherwise a network of grey pictures would see nothing but the tint of one that has a little.
+    Directions that hardly occur (`FAINT`) are left out: nothing was learned of them, and a network
+    of grey pictures would see little but the tint of one that has some.
 
     Args:
         layer: changed in place.
@@ -174,9 +174,9 @@ def whiten(layer: Whitening, x: Tensor, eps: float = 5e-4) -> None:
         covariance += (patches.T @ patches).double()
         count += len(patches)
     eigenvalues, vectors = torch.linalg.eigh(covariance / count)
-    weakest = eigenvalues[eigenvalues >= FAINT * eigenvalues.max()].min()
-    variances = eigenvalues.clamp(min=weakest)
-    filters = (vectors / (variances + eps).sqrt()).T.reshape(-1, 3, side, side)
+    filters = vectors / (eigenvalues.clamp(min=0) + eps).sqrt()
+    filters[:, eigenvalues < FAINT * eigenvalues.max()] = 0
+    filters = filters.T.reshape(-1, 3, side, side)
     layer.filters.copy_(torch.cat([filters, -filters]))
 
 

@@ -12,7 +12,7 @@ from errors import UnusableInput
 
 try:
     import torchvision
-except RuntimeError as error:  # compiled for another torch
+except (RuntimeError, AttributeError, OSError) as error:  # compiled for another torch
     raise UnusableInput(
         f"the torchvision here does not fit torch {torch.__version__} ({error}): install the pair "
         "that belongs together with `pip install --upgrade torch torchvision`"

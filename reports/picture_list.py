@@ -27,4 +27,4 @@ def write(path: Path, pictures: dict[str, list[Picture]]) -> None:
 
 def as_text(cell: str) -> str:
     """Text that a spreadsheet would run as a formula, behind an apostrophe."""
-    return f"'{cell}" if cell.startswith(("=", "+", "-", "@")) else cell
+    return f"'{cell}" if cell.startswith(("=", "+", "-", "@", "\t", "\r")) else cell

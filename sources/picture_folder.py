@@ -108,7 +108,15 @@ def folder(
     if "val" not in given and val_fraction:
         shares["val"] = val_fraction
     listed = Counter(file.label for file in files if file.split == "train")
-    _check_train(name, classes, list(shares), listed)  # before reading takes minutes
+    try:
+        _check_train(name, classes, list(shares), listed)  # before reading takes minutes
+    except UnusableInput:
+        text = found.left_out_text(
+            {"other_files": [relative(file, path) for file in listing.without_ending]}
+        )
+        if text:  # it may be why they are too few
+            print_paragraph(text, indent="  ")
+        raise
 
     read = read_all([file.path for file in files], side, fit, scratch)
     images = read.squares
