@@ -127,7 +127,7 @@ def typed(code: Path, script: str, *arguments: str) -> str:
 
 
 def test_the_changes_to_the_code_train_draw_and_are_evaluated(changed):
-    new = ("--optimizer", "amsgrad", "--brightness", "0.3", "--run-name", "tried")
+    new = ("--optimizer", "amsgrad", "--contrast", "0.3", "--run-name", "tried")
     typed(changed, "train_custom", "--recipe", "classic", *new, *FEW)
     assert "amsgrad" in Path("results/tried/config.json").read_text()
     new = ("--arch", "resnet34", "--weights", "none", "--image-size", "32")
