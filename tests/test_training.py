@@ -352,7 +352,7 @@ def test_no_chain_of_weights_validates_on_images_that_trained_it(run, refused):
     from_first = (*SMALL, "--weights", "checkpoints/first.pt")
     few = ("--val-fraction", "0.1", "--limit", "40", "--run-name", "few")
     assert run(*from_first, *few).code == 0
-    for name in ("first", "few"):
+    for name, last in (("first", 0.2), ("few", 0.1)):
         begin = (*SMALL, "--weights", f"checkpoints/{name}.pt")
         for seed, share in ((1, 0.1), (0, 0.3)):
             own = {"seed": seed, "val_fraction": share, "limit": None}
@@ -360,11 +360,14 @@ def test_no_chain_of_weights_validates_on_images_that_trained_it(run, refused):
             num_seen = len(kept & images_of("train", **first))
             words = (
                 f"checkpoints/{name}.pt: {num_seen} of the {len(kept)} validation images trained "
-                "it; give --seed 0 --val-fraction 0.2, as that training had them, or --val-fraction"
+                f"it; give --seed 0 --val-fraction {last}, as its training had them, or "
+                "--val-fraction 0"
             )
             assert 0 < num_seen < len(kept)
             assert words in refused(*begin, "--seed", str(seed), "--val-fraction", str(share))
-    assert run(*begin, "--seed", "1", "--val-fraction", "0", "--run-name", "all").code == 0
+    for number, remedy in enumerate((("0", "0.1"), ("1", "0"))):
+        flags = ("--seed", remedy[0], "--val-fraction", remedy[1], "--run-name", f"good{number}")
+        assert run(*begin, *flags).code == 0
 
     content = checkpoint.load(Path("checkpoints/few.pt"))
     del content["data"][loading.CIFAR10_BEFORE]
