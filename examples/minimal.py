@@ -29,7 +29,7 @@ torch.manual_seed(0)
 arrays = cifar10(args.data_dir)
 splits = make_splits(arrays, val_fraction=0.02, limit=args.limit, seed=0, device=device)
 look = {"augmentation": Augmentation(flip="alternating", translate=2), "resizing": ((0.5, 24),)}
-batches = TrainBatches(splits.train, splits.stats, 500, num_epochs=args.epochs, **look)
+batches = TrainBatches(splits.train, splits.stats, 512, num_epochs=args.epochs, **look)
 prepare()  # from here on freed memory is kept: that saves time
 
 # Network: that of `--recipe speedrun`; it begins from the images, see models.py
