@@ -60,35 +60,61 @@ def make_splits(
         device: where the tensors are put; CIFAR-10 takes 184 MB there.
     """
 
-    def split(images: np.ndarray, labels: np.ndarray) -> Split:
-        if limit is not None:
-            rows = first_of_all(labels, limit)
-            images = images[rows]
-            labels = labels[rows]
-        labels = labels.astype(np.int64)
-        return Split(torch.from_numpy(images).to(device), torch.from_numpy(labels).to(device))
+    def split(images: np.ndarray, labels: np.ndarray, rows: np.ndarray) -> Split:
+        labels = labels[rows].astype(np.int64)
+        return Split(torch.from_numpy(images[rows]).to(device), torch.from_numpy(labels).to(device))
 
-    train_images = arrays.train_images
-    train_labels = arrays.train_labels
-    val = None
     if arrays.val_images is not None:
-        val = split(arrays.val_images, arrays.val_labels)
-    elif val_fraction:
-        kept, chosen = stratified_split(train_labels, val_fraction, seed)
-        val = split(train_images[chosen], train_labels[chosen])
-        train_images = train_images[kept]
-        train_labels = train_labels[kept]
-    train = split(train_images, train_labels)
-    return Splits(
-        arrays.classes,
-        channel_stats(train.images.cpu().numpy()),
-        train,
-        val,
-        split(arrays.test_images, arrays.test_labels),
-    )
+        train_rows = first_of_all(arrays.train_labels, limit)
+        val_rows = first_of_all(arrays.val_labels, limit)
+        val = split(arrays.val_images, arrays.val_labels, val_rows)
+    else:
+        train_rows, val_rows = drawn_rows(arrays.train_labels, val_fraction, limit, seed)
+        val = None
+        if val_fraction:
+            val = split(arrays.train_images, arrays.train_labels, val_rows)
+    train = split(arrays.train_images, arrays.train_labels, train_rows)
+    test = split(arrays.test_images, arrays.test_labels, first_of_all(arrays.test_labels, limit))
+    return Splits(arrays.classes, channel_stats(train.images.cpu().numpy()), train, val, test)
 
 
-def first_of_all(labels: np.ndarray, limit: int) -> np.ndarray:
+def drawn_rows(
+    labels: np.ndarray, val_fraction: float, limit: int | None, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Which training images of a data set train and which validate, where it has no such split.
+
+    Args:
+        labels: (N,) integers.
+        val_fraction: share of every class that validates.
+        limit: keep so many images of each split; None keeps all.
+        seed: chooses.
+
+    Returns:
+        The indices of both, int64.
+    """
+    train = np.arange(len(labels))
+    val = train[:0]
+    if val_fraction:
+        train, val = stratified_split(labels, val_fraction, seed)
+    return train[first_of_all(labels[train], limit)], val[first_of_all(labels[val], limit)]
+
+
+def class_weights(labels: Tensor, num_classes: int) -> Tensor:
+    """Factors of the loss by which every class weighs as much as any other.
+
+    Args:
+        labels: (N,) int64, of the training images.
+        num_classes: C.
+
+    Returns:
+        (C,) float32 on the device of the labels. Their mean over the images is 1.
+    """
+    counts = torch.bincount(labels, minlength=num_classes)
+    num_present = (counts > 0).sum()  # a limit may leave a class out
+    return len(labels) / (num_present * counts.clamp(min=1)).float()
+
+
+def first_of_all(labels: np.ndarray, limit: int | None) -> np.ndarray:
     """The first images of a split, in which no class is missing that could be there.
 
     They are simply the first where those show every class, or as many classes as images are wanted;
@@ -96,11 +122,13 @@ def first_of_all(labels: np.ndarray, limit: int) -> np.ndarray:
 
     Args:
         labels: (N,) integers.
-        limit: how many images are wanted.
+        limit: how many images are wanted; None wants all.
 
     Returns:
         (min(limit, N),) int64, their indices.
     """
+    if limit is None:
+        return np.arange(len(labels))
     first = np.arange(min(limit, len(labels)))
     num_possible = min(len(first), len(np.unique(labels)))
     if len(np.unique(labels[first])) == num_possible:

@@ -45,7 +45,7 @@ import torch
 import engine
 import models
 import optimizers
-from data import Splits
+from data import Splits, class_weights
 from pretrained import IMAGENET_STATS, PretrainedNetwork, freeze, parts
 from reports import evaluation
 from runs import features, loading, run
@@ -151,7 +151,7 @@ def train(settings: FineTuneSettings, command: str) -> None:
         )
         weights_of_classes = None
         if settings.balance:
-            weights_of_classes = loading.class_weights(splits.train.labels, len(splits.classes))
+            weights_of_classes = class_weights(splits.train.labels, len(splits.classes))
         steps = engine.train(
             network,
             optimizer,

@@ -37,7 +37,7 @@ import torch
 import engine
 import models
 import optimizers
-from data import Splits, normalize, resize
+from data import Splits, class_weights, normalize, resize
 from reports import evaluation
 from runs import loading, run
 from runs.finish import finish
@@ -124,7 +124,7 @@ def train(settings: CustomSettings, command: str) -> None:
         )
         weights_of_classes = None
         if settings.balance:
-            weights_of_classes = loading.class_weights(splits.train.labels, len(splits.classes))
+            weights_of_classes = class_weights(splits.train.labels, len(splits.classes))
         steps = engine.train(
             network,
             optimizer,

@@ -251,6 +251,8 @@ def by_number(settings: AnySettings, num_images: int) -> AnySettings:
         settings: of one's own pictures; others have nothing to be settled.
         num_images: of the training split.
     """
+    if settings.batch_size is not None and settings.epochs is not None:
+        return settings
     given = settings.plain()
     if isinstance(settings, CustomSettings):
         usual = _custom_defaults(given)

@@ -282,6 +282,20 @@ class FineTuneSettings(Settings):
         return self.cache and self.unfreeze in ("head", "last")  # outputs of fewer layers are large
 
 
+# How the code behaved before a setting existed, for runs that were made without it.
+ABSENT = {
+    "small_first": "",
+    "schedule": "cosine",
+    "batchnorm_momentum": 0.1,
+    "muon_lr": 0.0,
+    "pictures": None,
+    "image_size": None,
+    "weights": None,
+    "fit": "crop",
+    "labels": None,
+    "balance": False,
+    "average": 0.0,
+}
 # Settings that say where and how often files are written, not what is computed.
 WITHOUT_EFFECT = {
     entry.name for entry in dataclasses.fields(Settings) if not entry.metadata["affects_result"]

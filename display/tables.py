@@ -10,26 +10,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from config.settings import WITHOUT_EFFECT
+from config.settings import ABSENT, WITHOUT_EFFECT
 from display import pages
 from errors import printable
 from storage.files import locked, tell, write_atomically
 
 Row = dict[str, Any]
-# How the code behaved before a setting existed, for runs whose config.json lacks it.
-ABSENT = {
-    "small_first": "",
-    "schedule": "cosine",
-    "batchnorm_momentum": 0.1,
-    "muon_lr": 0.0,
-    "pictures": None,
-    "image_size": None,
-    "weights": None,
-    "fit": "crop",
-    "labels": None,
-    "balance": False,
-    "average": 0.0,
-}
 FEW_IMAGES = 1000  # an accuracy on fewer test images says how many there were
 
 HEADER = """\

@@ -3,7 +3,6 @@
 import csv
 import glob
 import io
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +21,7 @@ from reports.heat_map import heat_maps
 from reports.picture_list import as_text
 from sources import found, pictures
 from sources.picture_folder import print_paragraph, read_all
-from storage.files import write_atomically
+from storage.files import same_place, write_atomically
 from storage.outputs import FIRST_COLUMNS, LIST_COLUMNS
 
 MOST_DRAWN = 50  # pictures in one figure
@@ -210,9 +209,9 @@ def _listed(paths: Iterable[Path], figure: Path | None) -> tuple[list[Path], lis
     for path in paths:
         if path.is_dir():
             inside, others = pictures.search(path)
-            files += [file for file in inside if not _same(file, figure)]
+            files += [file for file in inside if not (figure and same_place(file, figure))]
             passed_over += others
-        elif _same(path, figure):
+        elif figure and same_place(path, figure):
             raise UnusableInput(
                 f"--figure {printable(figure)}: is one of the pictures of --predict; give another "
                 "name"
@@ -220,10 +219,6 @@ def _listed(paths: Iterable[Path], figure: Path | None) -> tuple[list[Path], lis
         else:
             files.append(path)
     return files, passed_over
-
-
-def _same(path: Path, other: Path | None) -> bool:
-    return other is not None and os.path.realpath(path) == os.path.realpath(other)
 
 
 def _classified(

@@ -12,8 +12,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from config.recipes import changed
-from config.settings import Settings
 from data import Splits
 from runtime import launch
 from runtime.amx import cpu_features
@@ -46,7 +44,8 @@ def describe(
     *,
     name: str,
     command: str,
-    settings: Settings,
+    config: dict[str, Any],
+    changed: dict[str, Any],
     arch: str,
     arguments: dict[str, Any],
     image_size: int,
@@ -61,7 +60,8 @@ def describe(
     Args:
         name: of the run.
         command: that starts it.
-        settings: of the run.
+        config: its settings.
+        changed: what differs in them from the defaults.
         arch: "custom_cnn" or a pretrained network's name.
         arguments: how `models.create_model` built the network.
         image_size: side of the network's input, pixels.
@@ -82,8 +82,8 @@ def describe(
         "start_weights": start_weights,
         "data": data,
         "command": command,
-        "config": settings.plain(),
-        "changed": changed(settings, len(splits.train.labels)),
+        "config": config,
+        "changed": changed,
         "precision": precision,
         "environment": environment(splits.train.labels.device),
         "revision": revision(),

@@ -16,10 +16,9 @@ from data import (
     Augmentation,
     Splits,
     TrainBatches,
-    first_of_all,
+    drawn_rows,
     inputs,
     make_splits,
-    stratified_split,
 )
 from errors import UnusableInput, printable
 from runtime import launch, processes
@@ -63,6 +62,7 @@ def load_splits(
             begin from a checkpoint that was trained on what is kept for test or validation.
     """
     begun_from = _checkpoint_to_begin_from(settings.weights, state)
+    divisions = _on_cifar10(begun_from) if begun_from else None
     if settings.pictures:
         is_chosen = settings.val_fraction != recipes.without_flags(settings).val_fraction
         arrays, pictures, source = folder(
@@ -91,9 +91,9 @@ def load_splits(
             trained = _trained_before(settings.weights, begun_from)
             if trained:  # a later training on such pictures is to know it
                 pictures = {BEFORE: trained}
-            _check_validation(settings, arrays.train_labels, _on_cifar10(begun_from))
-    if begun_from and _on_cifar10(begun_from) is not None:
-        source[CIFAR10_BEFORE] = _on_cifar10(begun_from)
+            _check_validation(settings, arrays.train_labels, divisions)
+    if divisions is not None:
+        source[CIFAR10_BEFORE] = divisions
     splits = make_splits(
         arrays,
         val_fraction=settings.val_fraction,
@@ -253,9 +253,9 @@ def _check_validation(
             "validation split could hold some; begin from other weights, or give --val-fraction 0"
         )
     own = {key: getattr(settings, key) for key in DIVIDED_BY}
-    _, kept = _divided(labels, **own)
+    _, kept = drawn_rows(labels, **own)
     for training in trainings:
-        trained, _ = _divided(labels, **training)
+        trained, _ = drawn_rows(labels, **training)
         num_seen = len(np.intersect1d(trained, kept))
         if num_seen:
             remedy = "give --val-fraction 0"
@@ -269,20 +269,6 @@ def _check_validation(
                 f"--weights {name}: {num_seen:,} of the {len(kept):,} validation images trained "
                 f"it; {remedy}"
             )
-
-
-def _divided(
-    labels: np.ndarray, seed: int, val_fraction: float, limit: int | None
-) -> tuple[np.ndarray, np.ndarray]:
-    """The rows that train and those that validate, as `make_splits` divides CIFAR-10."""
-    train = np.arange(len(labels))
-    val = train[:0]
-    if val_fraction:
-        train, val = stratified_split(labels, val_fraction, seed)
-    if limit is not None:
-        train = train[first_of_all(labels[train], limit)]
-        val = val[first_of_all(labels[val], limit)]
-    return train, val
 
 
 @processes.agreed()
@@ -387,21 +373,6 @@ def train_batches(settings: Settings, splits: Splits, side: int) -> TrainBatches
         num_epochs=settings.epochs,
         part=(launch.RANK, launch.WORLD_SIZE),
     )
-
-
-def class_weights(labels: Tensor, num_classes: int) -> Tensor:
-    """Factors of the loss by which every class weighs as much as any other.
-
-    Args:
-        labels: (N,) int64, of the training images.
-        num_classes: C.
-
-    Returns:
-        (C,) float32 on the device of the labels. Their mean over the images is 1.
-    """
-    counts = torch.bincount(labels, minlength=num_classes)
-    num_present = (counts > 0).sum()  # a limit may leave a class out
-    return len(labels) / (num_present * counts.clamp(min=1)).float()
 
 
 class Validation(NamedTuple):

@@ -1,6 +1,5 @@
 """One run: its name, its lock, its files, what it starts or goes on from, how it begins."""
 
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -11,23 +10,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from config.recipes import BY_NUMBER, BY_SIDE
-from config.settings import WITHOUT_EFFECT, Settings, flag, typed
+from config.recipes import BY_NUMBER, BY_SIDE, changed
+from config.settings import ABSENT, WITHOUT_EFFECT, Settings, flag, typed
 from data import Splits, TrainBatches
 from display.live import best_effort
-from display.tables import ABSENT
-from errors import AlreadyFinished, Stopped, UnusableInput, printable
+from errors import AlreadyFinished, Stopped, UnusableInput
 from reports import evaluation, provenance
 from runs.loading import settle_precision
 from runtime import launch, processes
 from runtime.amx import as_products
 from runtime.device import select_device
 from storage import checkpoint, outputs
-from storage.files import holder, locked, previous, read_json, write_json
+from storage.files import read_json, write_json
+from storage.run_files import RunFiles, has_state
 
 # What a resumed run must share with its beginning; other surroundings may differ, with a warning.
 FIXED = ("surgery", "start_weights")
-TEMPORARY = ".*.????????.tmp"  # as `write_atomically` calls its files
 
 
 @dataclass(frozen=True)
@@ -89,46 +87,57 @@ def _claimed(
     settings: Settings, default_name: str, command: str, device: torch.device
 ) -> Iterator[Run]:
     for option in ("checkpoint_dir", "results_dir"):
-        _make_folder(flag(option), getattr(settings, option))
-    name = _free_name(settings, settings.run_name or default_name)
-    results_dir = settings.results_dir / name
-    state_path = _state_path(settings, name)
-    with (
-        _hold_lock(settings.checkpoint_dir / f"{name}.lock", name),
-        _hold_lock(settings.results_dir / f".{name}.lock", name),
-    ):
-        if not settings.resume and _finished(settings, name):
+        outputs.make_folder(flag(option), getattr(settings, option))
+    files = _free_files(settings, settings.run_name or default_name)
+    name = files.name
+    with files.held():
+        if not settings.resume and files.is_finished():
             raise UnusableInput(f"run {name} has finished this moment; repeat the command")
-        if not _exists(state_path):
-            outputs.check_run_dir(results_dir)
-        _sweep(settings, name)
+        if not files.has_state():
+            outputs.check_run_dir(files.results_dir)
+        files.sweep()
         state = None
         if settings.resume:
-            state = _state_to_resume(settings, name)
-        elif _exists(state_path):
-            go_on = resume_command(results_dir, command)
+            state = _state_to_resume(settings, files)
+        elif files.has_state():
+            go_on = resume_command(files.results_dir, command)
             raise UnusableInput(
                 f"run {name} is unfinished: continue with `{go_on}`, or start another with "
                 "--run-name NAME"
             )
         yield Run(
             name=name,
-            checkpoint_path=_checkpoint_path(settings, name),
-            state_path=state_path,
-            results_dir=results_dir,
+            checkpoint_path=files.checkpoint_path,
+            state_path=files.state_path,
+            results_dir=files.results_dir,
             command=command,
             state=state,
             device=device,
         )
 
 
-def _state_to_resume(settings: Settings, name: str) -> dict[str, Any] | None:
+def _free_files(settings: Settings, wanted: str) -> RunFiles:
+    """Those of the run of this name, or of the next free one of its series where it is finished."""
+    named = RunFiles(wanted, settings.checkpoint_dir, settings.results_dir)
+    files = named.first_unfinished()
+    if settings.resume and not files.has_state():
+        return named  # nothing of this series is unfinished
+    if files != named:
+        print(
+            f"run {wanted} is finished and kept; this one is {files.name}\n"
+            f"(to use the name again, delete {named.checkpoint_path} and {named.results_dir}/)"
+        )
+    return files
+
+
+def _state_to_resume(settings: Settings, files: RunFiles) -> dict[str, Any] | None:
     """The saved state of an unfinished run; None where none was saved yet."""
-    results_dir = settings.results_dir / name
-    if _finished(settings, name):
-        _check_same(settings, read_json(results_dir / "config.json").get("config", {}), name)
-        raise AlreadyFinished(f"run {name} is finished: {results_dir}/")
-    state, problems = checkpoint.load_state(_state_path(settings, name))
+    name = files.name
+    if files.is_finished():
+        config = read_json(files.results_dir / "config.json").get("config", {})
+        _check_same(settings, config, name)
+        raise AlreadyFinished(f"run {name} is finished: {files.results_dir}/")
+    state, problems = checkpoint.load_state(files.state_path)
     for problem in problems:
         print(f"warning: {problem}; going on from the state before it", file=sys.stderr)
     if state is None:
@@ -177,7 +186,8 @@ def begin(
     described = provenance.describe(
         name=run.name,
         command=run.command,
-        settings=settings,
+        config=settings.plain(),
+        changed=changed(settings, len(splits.train.labels)),
         arch=arch,
         arguments=arguments,
         image_size=batches.side,
@@ -234,21 +244,21 @@ def _says_how_to_go_on(run: Run) -> Iterator[None]:
         yield
     except FloatingPointError as error:
         saved = "no state was saved"
-        if _exists(run.state_path):
+        if has_state(run.state_path):
             saved = "the last saved state is good"
         raise FloatingPointError(
             f"{error}; {saved}: start anew with --run-name NAME and a lower --lr, or with "
             "--precision fp32"
         ) from error
     except OSError as error:
-        if not _exists(run.state_path):
+        if not has_state(run.state_path):
             raise
         go_on = resume_command(run.results_dir, run.command)
         raise OSError(
             f"{error}; the training's state is kept: once this is mended, continue with `{go_on}`"
         ) from error
     except Stopped as error:
-        if _exists(run.state_path):
+        if has_state(run.state_path):
             go_on = resume_command(run.results_dir, run.command)
             raise Stopped(error.number, f"{error}; continue with\n  {go_on}") from error
         if (run.results_dir / "test.json").exists():
@@ -266,85 +276,12 @@ def resume_command(results_dir: Path, command: str) -> str:
     return command if "--resume" in command.split() else f"{command} --resume"
 
 
-def _make_folder(option: str, folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UnusableInput(
-            f"{option} {printable(folder)}: cannot be made ({error.strerror}); name another"
-        ) from None
-    if not os.access(folder, os.W_OK):
-        raise UnusableInput(f"{option} {printable(folder)}: cannot be written; name another")
-
-
-def _free_name(settings: Settings, wanted: str) -> str:
-    """The name itself, or the next free one of its series where that run is finished."""
-    name = wanted
-    number = 1
-    while _finished(settings, name):
-        number += 1
-        name = f"{wanted}-{number}"
-    if settings.resume and not _exists(_state_path(settings, name)):
-        return wanted  # nothing of this series is unfinished
-    if name != wanted:
-        print(
-            f"run {wanted} is finished and kept; this one is {name}\n"
-            f"(to use the name again, delete {_checkpoint_path(settings, wanted)} and "
-            f"{settings.results_dir / wanted}/)"
-        )
-    return name
-
-
-@contextmanager
-def _hold_lock(path: Path, name: str) -> Iterator[None]:
-    with locked(path, wait=False) as obtained:
-        if not obtained:
-            process = holder(path)
-            which = f" ({process}, perhaps suspended)" if process else ""
-            raise UnusableInput(
-                f"run {name} is being trained by another process{which}: wait for it, or give "
-                "--run-name"
-            )
-        yield
-
-
-def _checkpoint_path(settings: Settings, name: str) -> Path:
-    return settings.checkpoint_dir / f"{name}.pt"
-
-
-def _state_path(settings: Settings, name: str) -> Path:
-    return settings.checkpoint_dir / f"{name}.resume.pt"
-
-
-def _exists(state_path: Path) -> bool:
-    return state_path.exists() or previous(state_path).exists()
-
-
-def _finished(settings: Settings, name: str) -> bool:
-    """A run is finished once its checkpoint or test result stands and its state is gone."""
-    if _exists(_state_path(settings, name)):
-        return False
-    report_path = settings.results_dir / name / "test.json"
-    return _checkpoint_path(settings, name).exists() or report_path.exists()
-
-
-def _sweep(settings: Settings, name: str) -> None:
-    """Removes what a kill in the middle of a write has left of this run."""
-    left = [
-        *settings.checkpoint_dir.glob(f".{name}.pt.*.tmp"),
-        *settings.checkpoint_dir.glob(f".{name}.resume.pt.*.tmp"),
-        *(settings.results_dir / name).glob(TEMPORARY),
-    ]
-    for path in left:
-        path.unlink(missing_ok=True)
-
-
 def _check_same(settings: Settings, saved: dict[str, Any], name: str) -> None:
     """Refuses to continue a run under settings that would change its result.
 
     Another device is allowed: `_check_surroundings` warns where it is of another kind. A setting
     that the saved ones lack came with a newer version; what was done before stands in
-    `tables.ABSENT`. One that is not there must be off.
+    `settings.ABSENT`. One that is not there must be off.
 
     Args:
         settings: of the run that is to go on.

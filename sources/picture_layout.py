@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from errors import UnusableInput, printable
 from sources.pictures import HIDDEN, find, has_picture_ending, search
+from storage.files import same_place
 
 SPLITS = ("test", "val", "train")  # copies in several of them count in the first one alone
 MAX_CLASSES = 1000
@@ -90,7 +91,7 @@ def by_labels(path: Path, list_path: Path) -> Listing:
     name = _name(path)
     list_name = printable(list_path)
     found, others = search(path)
-    find_named = _Finder(path, [file for file in found + others if not _same(file, list_path)])
+    find_named = _Finder(path, [file for file in found + others if not same_place(file, list_path)])
     rows = _rows(list_path)
     notes = []
     if rows and _is_heading(rows, find_named):
@@ -306,10 +307,6 @@ class _Finder:
             if wanted in way:
                 return way[wanted]
         return []
-
-
-def _same(file: Path, other: Path) -> bool:
-    return file.resolve() == other.resolve()
 
 
 def _rows(path: Path) -> list[tuple[str, str]]:

@@ -18,6 +18,7 @@ from filelock import FileLock, Timeout
 
 from errors import printable
 
+TEMPORARY = ".{}.{}.tmp"  # the file's name, eight random characters
 FULL = (errno.ENOSPC, errno.EDQUOT)
 # How network file systems say that they cannot lock, or cannot flush a file or a folder.
 UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
@@ -47,7 +48,7 @@ def write_atomically(path: Path, content: bytes | str | Callable[[BinaryIO], Non
         OSError: the disk is full or the folder cannot be written; the old file is then untouched.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    temporary = path.with_name(TEMPORARY.format(path.name, secrets.token_hex(4)))
     try:
         with open(temporary, "xb") as file:
             if callable(content):
@@ -66,6 +67,16 @@ def write_atomically(path: Path, content: bytes | str | Callable[[BinaryIO], Non
             raise OSError(error.errno, error.strerror or str(error), str(path)) from error
         raise
     sync_folder(path.parent)
+
+
+def unfinished_writes(folder: Path, name: str = "*") -> list[Path]:
+    """What kills in the middle of writes have left of a file in a folder, or of all of them."""
+    return list(folder.glob(TEMPORARY.format(name, "?" * 8)))
+
+
+def same_place(path: Path, other: Path) -> bool:
+    """Whether both paths lead to one file."""
+    return path.resolve() == other.resolve()
 
 
 def sync_folder(folder: Path) -> None:

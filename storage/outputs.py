@@ -1,5 +1,6 @@
 """Files that are written where a user says; only what was written here before is replaced."""
 
+import os
 import zipfile
 from pathlib import Path
 
@@ -50,6 +51,26 @@ def check(option: str, path: Path, endings: tuple[str, ...]) -> None:
             f"{option} {name}: exists, and {option} has not written it, or an older version has; "
             "give another name, or move it away"
         )
+
+
+def make_folder(option: str, folder: Path) -> None:
+    """Makes a folder for outputs, if it is not there.
+
+    Args:
+        option: that names the folder, as a user types it.
+        folder: with those above it.
+
+    Raises:
+        UnusableInput: it cannot be made or written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UnusableInput(
+            f"{option} {printable(folder)}: cannot be made ({error.strerror}); name another"
+        ) from None
+    if not os.access(folder, os.W_OK):
+        raise UnusableInput(f"{option} {printable(folder)}: cannot be written; name another")
 
 
 def check_run_dir(run_dir: Path) -> None:

@@ -185,7 +185,7 @@ def test_weight_decay_spares_biases_and_batchnorm_except_with_adam_and_muon():
 def test_a_class_weight_scales_the_loss_of_its_images_and_not_what_smoothing_adds():
     x = torch.randn(8, 3, 8, 8)
     labels = torch.tensor([0, 0, 0, 0, 0, 0, 1, 1])
-    weights = loading.class_weights(labels, 10)
+    weights = data.class_weights(labels, 10)
     torch.testing.assert_close(weights[:2], torch.tensor([8 / 12, 2.0]))
     assert weights[labels].mean().item() == pytest.approx(1)
     model, optimizer = beginning("sgd")

@@ -20,6 +20,7 @@ from torch import nn
 import data
 from errors import UnusableInput
 from storage import checkpoint, files
+from storage.run_files import RunFiles
 
 ROOT = Path(files.__file__).parent.parent
 CHECKPOINT = ROOT / "checkpoints" / "custom_cnn-modern.pt"
@@ -140,6 +141,20 @@ with locked(Path({str(path)!r}), wait=False): print("held", flush=True); time.sl
         with files.locked(path, wait=wait) as obtained:
             assert obtained
             assert files.holder(path) == str(os.getpid())
+
+
+def test_a_persons_file_where_a_lock_goes_is_kept_and_a_killed_runs_is_not(tmp_path):
+    run = RunFiles("bike", tmp_path, tmp_path / "results")
+    path = tmp_path / "bike.lock"
+    path.write_text("combination: left, right\n")
+    with pytest.raises(UnusableInput, match=r"bike.lock: is no lock of a run"), run.held():
+        pass
+    assert path.read_text() == "combination: left, right\n"
+    for left in ("", "4194999"):  # a kill before or after the process's id was written
+        path.write_text(left)
+        with run.held():
+            assert files.holder(path) == str(os.getpid())
+        assert not path.exists()
 
 
 @pytest.mark.parametrize("number", files.UNSUPPORTED)

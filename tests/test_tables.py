@@ -12,6 +12,7 @@ import finetune
 import models
 import train_custom
 from config import recipes
+from config.settings import ABSENT
 from display import tables
 from storage.files import write_json
 
@@ -70,7 +71,7 @@ def test_a_run_of_before_a_setting_existed_is_pooled_with_one_of_its_default(tmp
     for name, without in (("old", 1), ("older", 2)):
         write_run(tmp_path / name, without, 0.92)
         run = tables._read(tmp_path / name / "config.json")
-        for key in (*tables.ABSENT, "network"):
+        for key in (*ABSENT, "network"):
             run["config"].pop(key, None)  # those of finetune.py are not there
         del run["surgery"]["momentum"], run["changed"]
         write_json(tmp_path / name / "config.json", run | {"start_weights": None})
@@ -80,7 +81,7 @@ def test_a_run_of_before_a_setting_existed_is_pooled_with_one_of_its_default(tmp
     for run, script in (("custom_cnn-classic", train_custom), ("resnet18", finetune)):
         committed = tables._read(ROOT / f"results/reference/{run}/config.json")["config"]
         today = script.parse([]).plain()
-        assert today.keys() - committed.keys() <= {*tables.ABSENT, "network"}
+        assert today.keys() - committed.keys() <= {*ABSENT, "network"}
 
 
 @pytest.mark.parametrize(
