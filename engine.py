@@ -110,7 +110,9 @@ def train(
 
     Args:
         model: on its device.
-        optimizer: over groups that carry `lr_scale`; made by `optimizers.make_optimizer`.
+        optimizer: of torch, or made by `optimizers.make_optimizer`. The learning rate of a group is
+            multiplied by its `lr_scale`, where it has one. A fused optimiser costs no waiting for
+            the device, and on a GPU it lets the steps be replayed as CUDA graphs.
         batches: a pure function of (epoch, step).
         epochs: passes over the training images.
         lr: peak learning rate of a group whose `lr_scale` is 1.
@@ -149,7 +151,9 @@ def train(
             count=count,
         )
 
-    graphs = StepGraphs(take_step, device) if device.type == "cuda" and processes == 1 else None
+    graphs = None
+    if device.type == "cuda" and processes == 1 and skips_by_itself(optimizer):
+        graphs = StepGraphs(take_step, device)
     while at.epoch < epochs:
         train_mode(model)
         if at.step == 0:
@@ -212,7 +216,7 @@ def train_step(
 
     Args:
         model: in training mode.
-        optimizer: made by `optimizers.make_optimizer`.
+        optimizer: see `train`.
         x: inputs (B, ...).
         labels: (B,) int64.
         lr: learning rate of a group whose `lr_scale` is 1.
@@ -226,7 +230,7 @@ def train_step(
 
     Returns:
         (3,) summed loss (nats), correct predictions and images; and whether a number was not finite
-        (bool). Both stay on the device, so that nothing waits for it.
+        (bool). Both stay on the device, so that nothing waits for it where the optimiser is fused.
     """
     buffers = list(model.buffers())
     before = [buffer.clone() for buffer in buffers]
@@ -243,14 +247,17 @@ def train_step(
     (loss / count).backward()
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
     for group in optimizer.param_groups:
-        group["lr"] = lr * group["lr_scale"]
+        group["lr"] = lr * group.get("lr_scale", 1.0)
     bad = ~torch.isfinite(nn.utils.get_total_norm(gradients) + loss.detach())
     if world_size() > 1:  # the loss is that of a part
         any_bad = bad.float()
         dist.all_reduce(any_bad, dist.ReduceOp.MAX)
         bad = any_bad > 0
-    optimizer.found_inf = bad.float()  # as GradScaler does: the optimiser then changes nothing
-    optimizer.step()
+    if skips_by_itself(optimizer):
+        optimizer.found_inf = bad.float()
+        optimizer.step()
+    elif not bad:  # this waits for the device
+        optimizer.step()
     optimizer.zero_grad()
     with torch.no_grad():
         for buffer, old in zip(buffers, before, strict=True):
@@ -258,6 +265,14 @@ def train_step(
     correct = (logits.detach().argmax(1) == labels).sum()
     size = torch.full_like(correct, len(labels))
     return torch.stack([loss.detach(), correct, size]), bad
+
+
+def skips_by_itself(optimizer: Any) -> bool:
+    """Whether an optimiser changes nothing where its `found_inf` (a tensor) is not 0.
+
+    Torch's fused ones do, and say so by the attribute that its GradScaler asks for, too.
+    """
+    return getattr(optimizer, "_step_supports_amp_scaling", False)
 
 
 def forward(model: nn.Module, x: Tensor, precision: str) -> Tensor:

@@ -131,6 +131,7 @@ class Muon(torch.optim.Optimizer):
 
     # As with torch's fused optimisers: where it is set and not 0, a step changes nothing.
     found_inf: Tensor | None = None
+    _step_supports_amp_scaling = True  # the name by which torch knows that
 
     def __init__(self, groups: list[dict[str, Any]], lr: float, dtype: torch.dtype):
         defaults = {"lr": lr, "momentum": 0.85, "weight_decay": 0.0, "orthogonal": False}

@@ -65,7 +65,12 @@ def beginning(kind="adamw"):
     return model, optimizer_of(model, model[-1], kind)
 
 
+PLAIN = {"plain adamw": torch.optim.AdamW, "rmsprop": torch.optim.RMSprop}  # not fused
+
+
 def optimizer_of(model, classifier, kind):
+    if kind in PLAIN:
+        return PLAIN[kind](model.parameters(), lr=3e-3)
     groups = parameter_groups(
         model, optimizer=kind, classifier=classifier, weight_decay=0.1, muon_lr_scale=50
     )
@@ -119,7 +124,7 @@ def test_training_yields_each_step_and_each_end_of_an_epoch_with_sums_of_the_epo
 
 
 @pytest.mark.parametrize("resizing", [(), ((0.3, 16), (0.7, 24))])
-@pytest.mark.parametrize("kind", ["adamw", "sgd", "muon"])
+@pytest.mark.parametrize("kind", ["adamw", "sgd", "muon", "rmsprop"])
 def test_training_entered_within_an_epoch_gives_the_same_bits(sample, kind, resizing):
     loader = batches(sample, resizing=resizing)
     whole = beginning(kind)
@@ -137,7 +142,7 @@ def test_training_entered_within_an_epoch_gives_the_same_bits(sample, kind, resi
     assert torch.equal(at.sums, end.sums)
 
 
-@pytest.mark.parametrize("kind", ["adam", "adamw", "sgd", "muon"])
+@pytest.mark.parametrize("kind", ["adam", "adamw", "sgd", "muon", *PLAIN])
 @pytest.mark.parametrize("fault", ["inputs", "one gradient"])
 @pytest.mark.parametrize("good_before", [0, 2])
 def test_a_step_that_is_not_finite_changes_nothing_at_all(kind, fault, good_before):
