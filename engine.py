@@ -46,6 +46,8 @@ class Progress:
         averages: on the device, a tensor for each parameter that trains: its mean over the steps
             that are averaged so far; empty before the first of them.
         num_averaged: those steps.
+        start: on the device, those parameters as they were at first, from which every round begins;
+            empty where there is one round.
     """
 
     epoch: int = 0
@@ -55,6 +57,7 @@ class Progress:
     bad_step: Tensor = field(default_factory=lambda: torch.tensor(-1))
     averages: list[Tensor] = field(default_factory=list)
     num_averaged: int = 0
+    start: list[Tensor] = field(default_factory=list)
 
 
 def world_size() -> int:
@@ -101,6 +104,7 @@ def train(
     label_smoothing: float = 0.0,
     class_weights: Tensor | None = None,
     average: float = 0.0,
+    rounds: int = 1,
     progress: Progress | None = None,
 ) -> Iterator[Progress]:
     """Trains a model in place.
@@ -114,7 +118,7 @@ def train(
             multiplied by its `lr_scale`, where it has one. A fused optimiser costs no waiting for
             the device, and on a GPU it lets the steps be replayed as CUDA graphs.
         batches: a pure function of (epoch, step).
-        epochs: passes over the training images.
+        epochs: passes over the training images, in all rounds together.
         lr: peak learning rate of a group whose `lr_scale` is 1.
         warmup: see `lr_factor`.
         schedule: see `lr_factor`.
@@ -124,6 +128,9 @@ def train(
         average: share of the steps, the last ones, whose weights the model gets the mean of at the
             end. Where the learning rate stays high, they surround a better place than any of them
             (Izmailov et al. 2018, arXiv:1803.05407). 0 keeps the last weights.
+        rounds: so often the training begins, from the same weights, each time with its share of
+            the epochs, of the schedule and of the averaged steps. What was trained apart is better
+            averaged than trained on (Wortsman et al. 2022, arXiv:2203.05482).
         progress: where an interrupted training stood.
     """
     device = next(model.parameters()).device
@@ -132,8 +139,8 @@ def train(
     at.sums = at.sums.to(device)
     at.bad_step = at.bad_step.to(device)
     at.averages = [mean.to(device) for mean in at.averages]
+    at.start = [weight.to(device) for weight in at.start]
     num_steps = batches.num_steps
-    average_from = (1 - average) * epochs * num_steps
     processes = world_size()
 
     def take_step(
@@ -156,11 +163,17 @@ def train(
         graphs = StepGraphs(take_step, device)
     while at.epoch < epochs:
         train_mode(model)
+        first_epoch, end_epoch = round_of(at.epoch, epochs, rounds)
+        steps_before = first_epoch * num_steps
+        steps_of_round = (end_epoch - first_epoch) * num_steps
         if at.step == 0:
             at.sums.zero_()
+            if rounds > 1 and at.epoch == first_epoch:
+                begin_round(at, trained, optimizer)
         for x, labels in batches.epoch(at.epoch, at.step):
             done = at.epoch * num_steps + at.step
-            at.lr = lr * lr_factor(done, epochs * num_steps, warmup, schedule)
+            done_in_round = done - steps_before
+            at.lr = lr * lr_factor(done_in_round, steps_of_round, warmup, schedule)
             if graphs:
                 measured, bad = graphs(x, labels, at.lr)
             elif processes > 1:  # gradients are averaged over the processes
@@ -171,7 +184,7 @@ def train(
             at.sums += measured
             at.bad_step = torch.where((at.bad_step < 0) & bad, done, at.bad_step)
             at.step += 1
-            if done >= average_from:
+            if done_in_round >= (1 - average) * steps_of_round:
                 add_to_averages(at, trained)
             yield at
         use_averages = len(at.averages) > 0 and at.epoch + 1 == epochs
@@ -180,12 +193,33 @@ def train(
                 torch._foreach_copy_(trained, at.averages)
         # After 12 steps at momentum 0.1 they would still hold 28 % of their initial values.
         is_moved = use_averages and len(tracking_batchnorms(model)) > 0
-        if is_moved or statistics_are_young(model, (at.epoch + 1) * num_steps):
+        steps_done = (at.epoch + 1) * num_steps - steps_before
+        if is_moved or statistics_are_young(model, steps_done):
             some = itertools.islice(batches.epoch(at.epoch), MEASURED)
             measure_statistics(model, some, precision)
         at.epoch += 1
         at.step = 0
         yield at
+
+
+def round_of(epoch: int, epochs: int, rounds: int) -> tuple[int, int]:
+    """The first epoch of the round that an epoch belongs to, and the one after its last."""
+    begins = [number * epochs // rounds for number in range(rounds + 1)]
+    first = max(begin for begin in begins if begin <= epoch)
+    return first, min(begin for begin in begins if begin > epoch)
+
+
+@torch.no_grad()
+def begin_round(at: Progress, trained: list[Tensor], optimizer: Any) -> None:
+    """Goes back to the weights of the beginning, with an optimiser that remembers nothing."""
+    if not at.start:
+        at.start = [weight.clone() for weight in trained]
+        return
+    torch._foreach_copy_(trained, at.start)
+    for state in optimizer.state.values():
+        for value in state.values():
+            if isinstance(value, Tensor):
+                value.zero_()  # in place: CUDA graphs know where it lies
 
 
 @torch.no_grad()

@@ -164,6 +164,7 @@ def train(settings: FineTuneSettings, command: str) -> None:
             label_smoothing=settings.label_smoothing,
             class_weights=weights_of_classes,
             average=settings.average,
+            rounds=settings.rounds,
             progress=training.progress,
         )
         training.follow(steps, validation)

@@ -66,6 +66,7 @@ _FINE_TUNING: dict[str, Any] = {
     "weight_decay": 0.05,
     "dropout": 0.2,
     "average": 0.0,
+    "rounds": 1,
     "label_smoothing": 0.1,
     "flip": "alternating",
     "translate": 0,
@@ -108,7 +109,10 @@ BY_NETWORK = {
     },
 }
 # Of one's own pictures there are few, mostly, and most are larger than CIFAR-10's 32 pixels.
-OWN_PICTURES: dict[str, dict[str, Any]] = {"resnet18": {"image_size": 160, "average": 0.6}}
+OWN_PICTURES: dict[str, dict[str, Any]] = {"resnet18": {"image_size": 160}}
+# Few are soon known by heart: several short trainings from the same weights are better averaged.
+FEW = 1000  # training images; fewer are few
+OWN_FEW_PICTURES: dict[str, dict[str, Any]] = {"resnet18": {"average": 0.6, "rounds": 4}}
 # Photographs show more on ImageNet's side; there the last stage is enough, whose input is kept.
 LARGE_SIDE = 224
 LARGE_FROM = 200  # pixels of the pictures' shorter side; small ones enlarged show nothing more
@@ -118,13 +122,12 @@ FROM_SCRATCH: dict[str, Any] = {
     "unfreeze": "all",
     "stage_lr_scale": 1.0,
     "epochs": 10,
-    "average": 0.0,
 }
 # These change the input of a frozen part, whose output could not be kept.
 CHANGE_INPUT = ("translate", "cutout", "small_first")
 
 # Settings whose default follows from the number of training images where these are one's own.
-BY_NUMBER = ("epochs", "batch_size")
+BY_NUMBER = ("epochs", "batch_size", "average", "rounds")
 # Likewise from their sides.
 BY_SIDE = {"image_size", "unfreeze", "translate"}
 
@@ -132,11 +135,11 @@ BY_SIDE = {"image_size", "unfreeze", "translate"}
 class _LeastWork(NamedTuple):
     """What a training takes, however few its images are."""
 
-    num_steps: int  # of the whole training
+    num_steps: int  # of all rounds together
     batch_size: int  # BatchNorm's mean and variance over fewer images are rough
 
 
-FINE_TUNED = _LeastWork(num_steps=100, batch_size=32)
+FINE_TUNED = _LeastWork(num_steps=120, batch_size=32)
 UNTRAINED = _LeastWork(num_steps=1000, batch_size=32)  # a guess: it was not searched
 STEPS_OF_AN_EPOCH = 60  # about so many are aimed at, between the least batch and the usual one
 
@@ -152,7 +155,7 @@ def custom(given: dict[str, Any]) -> CustomSettings:
     Raises:
         UnusableInput: see `Settings`; or a rate of Muon is given to another optimiser.
     """
-    chosen = CustomSettings(**_custom_defaults(given) | _unsettled(given) | given)
+    chosen = CustomSettings(**_unsettled(_custom_defaults(given), given) | given)
     if "muon_lr" in given and chosen.optimizer != "muon":
         raise UnusableInput(
             f"--muon-lr {chosen.muon_lr}: {chosen.optimizer} has no such rate; add --optimizer "
@@ -189,7 +192,7 @@ def finetune(given: dict[str, Any]) -> FineTuneSettings:
         UnusableInput: see `Settings`; or images are to be moved whose output is to be kept; or
             rates are given to stages that do not train.
     """
-    chosen = FineTuneSettings(**_finetune_defaults(given) | _unsettled(given) | given)
+    chosen = FineTuneSettings(**_unsettled(_finetune_defaults(given), given) | given)
     changes_input = any(getattr(chosen, name) for name in CHANGE_INPUT)
     if chosen.cached and changes_input:
         raise UnusableInput(
@@ -235,9 +238,11 @@ def by_side(given: dict[str, Any], median_side: int) -> dict[str, Any]:
     return given
 
 
-def _unsettled(given: dict[str, Any]) -> dict[str, None]:
-    """What is not known before one's own pictures are counted."""
-    return dict.fromkeys(BY_NUMBER) if given.get("pictures") else {}
+def _unsettled(defaults: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """Defaults without those that are not known before one's own pictures are counted."""
+    if not given.get("pictures"):
+        return defaults
+    return defaults | {name: None for name in BY_NUMBER if name in defaults}
 
 
 def by_number(settings: AnySettings, num_images: int) -> AnySettings:
@@ -251,25 +256,31 @@ def by_number(settings: AnySettings, num_images: int) -> AnySettings:
         settings: of one's own pictures; others have nothing to be settled.
         num_images: of the training split.
     """
-    if settings.batch_size is not None and settings.epochs is not None:
-        return settings
     given = settings.plain()
+    names = [name for name in BY_NUMBER if name in given]
+    if all(given[name] is not None for name in names):
+        return settings
     if isinstance(settings, CustomSettings):
         usual = _custom_defaults(given)
         least = UNTRAINED
     else:
         usual = _finetune_defaults(given)
-        least = UNTRAINED if settings.weights == "none" else FINE_TUNED
-    batch_size = settings.batch_size
-    if batch_size is None:
+        least = FINE_TUNED
+        if settings.weights == "none":
+            least = UNTRAINED
+        elif num_images < FEW and settings.average != 0:
+            usual |= OWN_FEW_PICTURES.get(settings.arch, {})
+    chosen = {name: usual[name] if given[name] is None else given[name] for name in names}
+    if given["batch_size"] is None:
         fitting = 2 ** round(math.log2(num_images / STEPS_OF_AN_EPOCH))
         most = max(min(usual["batch_size"], num_images), 4)  # four is the least there may be
-        batch_size = min(max(fitting, least.batch_size), most)
-    epochs = settings.epochs
-    if epochs is None:
-        num_steps = math.ceil(num_images / batch_size)
-        epochs = max(usual["epochs"], math.ceil(least.num_steps / num_steps))
-    return replace(settings, batch_size=batch_size, epochs=epochs)
+        chosen["batch_size"] = min(max(fitting, least.batch_size), most)
+    if given["epochs"] is None:
+        num_steps = math.ceil(num_images / chosen["batch_size"])
+        rounds = chosen.get("rounds", 1)
+        of_a_round = math.ceil(least.num_steps / (rounds * num_steps))
+        chosen["epochs"] = max(usual["epochs"], rounds * of_a_round)
+    return replace(settings, **chosen)
 
 
 def _named(table: dict[str, dict[str, Any]], name: str) -> dict[str, Any]:

@@ -266,7 +266,15 @@ class FineTuneSettings(Settings):
         "does not fall",
         at_least=0,
         below=1.001,
-        own="resnet18 0.6",
+        own=NUMBER,
+    )
+    rounds: int = setting(
+        None,
+        FIT,
+        "trainings from the same weights, one after the other; all their averaged weights count",
+        at_least=1,
+        below=100,
+        own=NUMBER,
     )
     stage_lr_scale: float = setting(
         None, FIT, "learning rate of each stage, times that of the next", at_least=0, below=2
@@ -275,6 +283,14 @@ class FineTuneSettings(Settings):
         None, FIT, "share of the classifier's inputs left out at random", at_least=0, below=1
     )
     cache: bool = setting(True, RARE, "head, last: keep the output of the frozen part")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.average == 0 and self.rounds is not None and self.rounds > 1:
+            raise UnusableInput(
+                f"--rounds {self.rounds}: what they learn is averaged; add --average 0.6, or leave "
+                "it out"
+            )
 
     @property
     def cached(self) -> bool:
@@ -295,6 +311,7 @@ ABSENT = {
     "labels": None,
     "balance": False,
     "average": 0.0,
+    "rounds": 1,
 }
 # Settings that say where and how often files are written, not what is computed.
 WITHOUT_EFFECT = {

@@ -129,10 +129,12 @@ def settled(settings: recipes.AnySettings, num_images: int) -> recipes.AnySettin
             f"most {num_images}"
         )
     if chosen != settings:
-        print(
-            f"{num_images:,} training images: batches of {chosen.batch_size}, "
-            f"{chosen.epochs} epochs (--batch-size, --epochs)"
-        )
+        line = f"{num_images:,} training images: batches of {chosen.batch_size}, "
+        line += f"{chosen.epochs} epochs (--batch-size, --epochs)"
+        rounds = chosen.plain().get("rounds", 1)
+        if rounds > 1:
+            line += f", in {rounds} trainings from the same weights that are averaged (--rounds)"
+        print_paragraph(line)
     return chosen
 
 

@@ -293,6 +293,7 @@ class Training:
             "optimizer": self.optimizer.state_dict(),
             "averages": at.averages,
             "num_averaged": at.num_averaged,
+            "start": at.start,
         }
         is_saved = self._attempt(checkpoint.save_state, self.run.state_path, state)
         if is_saved:
@@ -325,6 +326,7 @@ class Training:
             sums=own_sums,
             averages=state.get("averages", []),  # older states have none
             num_averaged=state.get("num_averaged", 0),
+            start=state.get("start", []),
         )
         self.kept_place = _place(self.progress)
 

@@ -79,8 +79,7 @@ def test_help_shows_every_default_and_those_of_each_recipe_and_network(kind, tab
         (finetune, "--weights none", {"unfreeze": "all", "epochs": 10, "stage_lr_scale": 1.0}),
         (finetune, "--weights none --epochs 4", {"unfreeze": "all", "epochs": 4}),
         (finetune, "--weights none --unfreeze head", {"unfreeze": "head"}),
-        (finetune, "--pictures p", {"average": 0.6}),
-        (finetune, "--pictures p --weights none", {"average": 0.0}),
+        (finetune, "", {"average": 0.0, "rounds": 1}),
     ],
 )
 def test_defaults_follow_recipe_network_and_part_and_flags_replace_them(script, flags, expected):
@@ -125,27 +124,33 @@ def test_photographs_show_resnet18_more_pixels_and_train_its_last_stage(
 
 
 @pytest.mark.parametrize(
-    ("script", "flags", "num_images", "batch_size", "epochs"),
+    ("script", "flags", "num_images", "batch_size", "epochs", "rounds"),
     [
-        (finetune, "", 300, 32, 10),
-        (finetune, "", 2_000, 32, 4),
-        (finetune, "", 20_000, 128, 4),
-        (finetune, "--arch resnet50", 20_000, 128, 3),
-        (finetune, "", 10, 10, 100),
-        (finetune, "--weights none", 300, 32, 100),
-        (finetune, "--epochs 3", 300, 32, 3),
-        (finetune, "--batch-size 100", 300, 100, 34),
-        (train_custom, "", 300, 32, 100),
-        (train_custom, "", 50_000, 512, 20),
-        (train_custom, "--recipe best", 300, 32, 100),
+        (finetune, "", 300, 32, 12, 4),
+        (finetune, "", 1_000, 32, 4, 1),
+        (finetune, "", 2_000, 32, 4, 1),
+        (finetune, "", 20_000, 128, 4, 1),
+        (finetune, "--arch resnet50", 20_000, 128, 3, 1),
+        (finetune, "--arch resnet50", 300, 32, 12, 1),
+        (finetune, "", 10, 10, 120, 4),
+        (finetune, "--weights none", 300, 32, 100, 1),
+        (finetune, "--average 0", 300, 32, 12, 1),
+        (finetune, "--average 0.3 --rounds 2", 2_000, 32, 4, 2),
+        (finetune, "--epochs 3", 300, 32, 3, 4),
+        (finetune, "--batch-size 100", 300, 100, 40, 4),
+        (train_custom, "", 300, 32, 100, None),
+        (train_custom, "", 50_000, 512, 20, None),
+        (train_custom, "--recipe best", 300, 32, 100, None),
     ],
 )
-def test_batch_and_epochs_follow_from_the_number_of_own_pictures_unless_given(
-    script, flags, num_images, batch_size, epochs
+def test_batches_epochs_and_rounds_follow_from_the_number_of_own_pictures_unless_given(
+    script, flags, num_images, batch_size, epochs, rounds
 ):
     settings = script.parse(["--pictures", "p", *shlex.split(flags)])
     settled = recipes.by_number(settings, num_images)
     assert (settled.batch_size, settled.epochs) == (batch_size, epochs)
+    assert getattr(settled, "rounds", None) == rounds
+    assert (getattr(settled, "average", 0) > 0) == ((rounds or 1) > 1)
     assert recipes.by_number(settled, 7) == settled
 
 
@@ -156,6 +161,7 @@ def test_sizes_are_read_from_small_first():
 UNUSABLE = """
 train_custom --epochs 0              | --epochs 0: must be at least 1
 train_custom --epochs -3             | --epochs -3: must be at least 1
+finetune --rounds 3                  | --rounds 3: what they learn is averaged; add --average
 train_custom --epochs many           | invalid int value: 'many'; see --help
 train_custom --batch-size 400        | --batch-size 400: there are 310 training images; take
 train_custom --limit 0               | --limit 0: must be at least 4

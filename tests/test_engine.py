@@ -350,6 +350,27 @@ def test_the_averaged_weights_are_the_mean_of_the_last_steps_with_statistics_of_
     torch.testing.assert_close(model[0].running_mean, means)
 
 
+@pytest.mark.parametrize("kind", ["adamw", "sgd", "muon", "plain adamw"])
+def test_each_round_begins_anew_and_all_are_averaged(kind):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)
+    )
+    optimizer = optimizer_of(model, model[-1], kind)
+    weights = []
+    for at in engine.train(
+        model, optimizer, Few(5), epochs=4, lr=1e-2, warmup=0.2, average=0.5, rounds=2
+    ):
+        if at.step:
+            weights.append([p.detach().clone() for p in model.parameters()])
+    for first, second in zip(weights[:10], weights[10:], strict=True):  # of the same batches
+        assert all(map(torch.equal, first, second))
+    for number, parameter in enumerate(model.parameters()):
+        last = [step[number] for step in (*weights[5:10], *weights[15:])]
+        torch.testing.assert_close(parameter.detach(), torch.stack(last).mean(0))
+    assert [engine.round_of(epoch, 5, 2) for epoch in range(5)] == [(0, 2)] * 2 + [(2, 5)] * 3
+
+
 def test_a_share_of_less_than_a_step_averages_nothing():
     model, optimizer = normalising()
     for at in engine.train(model, optimizer, Few(3), epochs=2, lr=1e-3, average=0.01):

@@ -273,8 +273,8 @@ def test_the_cache_runs_the_backbone_twice_an_image_and_changes_no_bit(
 
 @pytest.mark.parametrize(
     "more",
-    [("last",), ("head", "--no-cache"), ("most", "--average", "0.8")],
-    ids=["cache", "plain", "average"],
+    [("last",), ("head", "--no-cache"), ("most", "--average", "0.8", "--rounds", "2")],
+    ids=["cache", "plain", "rounds"],
 )
 def test_finetuning_with_dropout_resumes_to_the_same_bits(run, signal_at, more):
     common = (*TINY, "--weights", "none", "--epochs", "2", "--unfreeze", *more, "--run-name")
