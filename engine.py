@@ -18,7 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-MEASURED = 50  # batches that BatchNorm's statistics are measured on, where they are young
+# What BatchNorm's statistics are measured on, where they are young: batches at the end of a
+# training, and before it images, for more would take longer than they are worth.
+MEASURED = 50
+MEASURED_BETWEEN = 128
 
 
 class Batches(Protocol):
@@ -195,7 +198,10 @@ def train(
         is_moved = use_averages and len(tracking_batchnorms(model)) > 0
         steps_done = (at.epoch + 1) * num_steps - steps_before
         if is_moved or statistics_are_young(model, steps_done):
-            some = itertools.islice(batches.epoch(at.epoch), MEASURED)
+            num_measured = MEASURED
+            if at.epoch + 1 < epochs:
+                num_measured = math.ceil(MEASURED_BETWEEN * num_steps / batches.num_images)
+            some = itertools.islice(batches.epoch(at.epoch), num_measured)
             measure_statistics(model, some, precision)
         at.epoch += 1
         at.step = 0
