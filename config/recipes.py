@@ -111,8 +111,10 @@ BY_NETWORK = {
 # Of one's own pictures there are few, mostly, and most are larger than CIFAR-10's 32 pixels.
 OWN_PICTURES: dict[str, dict[str, Any]] = {"resnet18": {"image_size": 160}}
 # Few are soon known by heart: several short trainings from the same weights are better averaged.
-FEW = 1000  # training images; fewer are few
-OWN_FEW_PICTURES: dict[str, dict[str, Any]] = {"resnet18": {"average": 0.6, "rounds": 4}}
+# Rounds where there are fewer training images than so many; more than all of these take one.
+ROUNDS = {1000: 4, 5000: 2}
+AVERAGE = 0.6  # of the steps of a round
+AVERAGED = {"resnet18"}  # the networks that were found to gain by it
 # Photographs show more on ImageNet's side; there the last stage is enough, whose input is kept.
 LARGE_SIDE = 224
 LARGE_FROM = 200  # pixels of the pictures' shorter side; small ones enlarged show nothing more
@@ -268,8 +270,9 @@ def by_number(settings: AnySettings, num_images: int) -> AnySettings:
         least = FINE_TUNED
         if settings.weights == "none":
             least = UNTRAINED
-        elif num_images < FEW and settings.average != 0:
-            usual |= OWN_FEW_PICTURES.get(settings.arch, {})
+        elif settings.arch in AVERAGED and settings.average != 0 and num_images < max(ROUNDS):
+            usual["average"] = AVERAGE
+            usual["rounds"] = next(rounds for most, rounds in ROUNDS.items() if num_images < most)
     chosen = {name: usual[name] if given[name] is None else given[name] for name in names}
     if given["batch_size"] is None:
         fitting = 2 ** round(math.log2(num_images / STEPS_OF_AN_EPOCH))
