@@ -127,7 +127,7 @@ def test_photographs_show_resnet18_more_pixels_and_train_its_last_stage(
     ("script", "flags", "num_images", "batch_size", "epochs", "rounds"),
     [
         (finetune, "", 300, 32, 12, 4),
-        (finetune, "", 999, 32, 8, 4),
+        (finetune, "", 999, 32, 4, 4),
         (finetune, "", 1_000, 32, 4, 2),
         (finetune, "", 4_999, 64, 4, 2),
         (finetune, "", 5_000, 64, 4, 1),
