@@ -61,8 +61,11 @@ def make_splits(
     """
 
     def split(images: np.ndarray, labels: np.ndarray, rows: np.ndarray) -> Split:
-        labels = labels[rows].astype(np.int64)
-        return Split(torch.from_numpy(images[rows]).to(device), torch.from_numpy(labels).to(device))
+        if len(rows) < len(labels):  # all of them are not copied: they may not fit a second time
+            images = images[rows]
+            labels = labels[rows]
+        labels = labels.astype(np.int64)
+        return Split(torch.from_numpy(images).to(device), torch.from_numpy(labels).to(device))
 
     if arrays.val_images is not None:
         train_rows = first_of_all(arrays.train_labels, limit)

@@ -1,7 +1,8 @@
 """How a network learns and is evaluated: schedule, step, loop, prediction. Needs torch and tqdm.
 
 `train` is a generator: it yields after every step and at the end of every epoch, so that whoever
-runs it may print, save, validate or stop there. Nothing in it waits for the device. Where
+runs it may print, save, validate or stop there. With a fused optimiser nothing waits for the
+device. Where
 torch.distributed runs several processes, each trains and predicts its part of every batch.
 """
 
@@ -117,9 +118,10 @@ def train(
 
     Args:
         model: on its device.
-        optimizer: of torch, or made by `optimizers.make_optimizer`. The learning rate of a group is
-            multiplied by its `lr_scale`, where it has one. A fused optimiser costs no waiting for
-            the device, and on a GPU it lets the steps be replayed as CUDA graphs.
+        optimizer: of torch, or made by `optimizers.make_optimizer`; not one that needs a closure.
+            Its `lr` is overwritten: a group learns at the rate of the step times its `lr_scale`,
+            where it has one. A fused optimiser costs no waiting for the device; on a GPU a
+            capturable one (where it is Adam) lets the steps be replayed as CUDA graphs.
         batches: a pure function of (epoch, step).
         epochs: passes over the training images, in all rounds together.
         lr: peak learning rate of a group whose `lr_scale` is 1.
@@ -133,9 +135,17 @@ def train(
             (Izmailov et al. 2018, arXiv:1803.05407). 0 keeps the last weights.
         rounds: so often the training begins, from the same weights, each time with its share of
             the epochs, of the schedule and of the averaged steps. What was trained apart is better
-            averaged than trained on (Wortsman et al. 2022, arXiv:2203.05482).
+            averaged than trained on (Wortsman et al. 2022, arXiv:2203.05482). The optimiser's state
+            is set to 0, which is where Adam's, SGD's and Muon's begins, but not, say, Rprop's.
         progress: where an interrupted training stood.
+
+    Raises:
+        ValueError: the rounds do not divide the epochs, or average nothing.
     """
+    epochs_of_round = epochs // rounds
+    steps_of_round = epochs_of_round * batches.num_steps
+    if rounds > 1 and (epochs % rounds or average * steps_of_round < 1):
+        raise ValueError(f"{rounds} rounds must divide the {epochs} epochs and average some steps")
     device = next(model.parameters()).device
     trained = [p for p in model.parameters() if p.requires_grad]
     at = progress or Progress()
@@ -162,20 +172,19 @@ def train(
         )
 
     graphs = None
-    if device.type == "cuda" and processes == 1 and skips_by_itself(optimizer):
+    can_replay = all(group.get("capturable", True) for group in optimizer.param_groups)
+    if device.type == "cuda" and processes == 1 and can_replay and skips_by_itself(optimizer):
         graphs = StepGraphs(take_step, device)
     while at.epoch < epochs:
         train_mode(model)
-        first_epoch, end_epoch = round_of(at.epoch, epochs, rounds)
-        steps_before = first_epoch * num_steps
-        steps_of_round = (end_epoch - first_epoch) * num_steps
+        epoch_of_round = at.epoch % epochs_of_round
         if at.step == 0:
             at.sums.zero_()
-            if rounds > 1 and at.epoch == first_epoch:
+            if rounds > 1 and epoch_of_round == 0:
                 begin_round(at, trained, optimizer)
         for x, labels in batches.epoch(at.epoch, at.step):
             done = at.epoch * num_steps + at.step
-            done_in_round = done - steps_before
+            done_in_round = epoch_of_round * num_steps + at.step
             at.lr = lr * lr_factor(done_in_round, steps_of_round, warmup, schedule)
             if graphs:
                 measured, bad = graphs(x, labels, at.lr)
@@ -196,8 +205,7 @@ def train(
                 torch._foreach_copy_(trained, at.averages)
         # After 12 steps at momentum 0.1 they would still hold 28 % of their initial values.
         is_moved = use_averages and len(tracking_batchnorms(model)) > 0
-        steps_done = (at.epoch + 1) * num_steps - steps_before
-        if is_moved or statistics_are_young(model, steps_done):
+        if is_moved or statistics_are_young(model, (epoch_of_round + 1) * num_steps):
             num_measured = MEASURED
             if at.epoch + 1 < epochs:
                 num_measured = math.ceil(MEASURED_BETWEEN * num_steps / batches.num_images)
@@ -206,13 +214,6 @@ def train(
         at.epoch += 1
         at.step = 0
         yield at
-
-
-def round_of(epoch: int, epochs: int, rounds: int) -> tuple[int, int]:
-    """The first epoch of the round that an epoch belongs to, and the one after its last."""
-    begins = [number * epochs // rounds for number in range(rounds + 1)]
-    first = max(begin for begin in begins if begin <= epoch)
-    return first, min(begin for begin in begins if begin > epoch)
 
 
 @torch.no_grad()
@@ -285,7 +286,8 @@ def train_step(
     if count is None:
         count = len(labels)
     (loss / count).backward()
-    gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    gradients = [p.grad for p in trained if p.grad is not None]
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
     bad = ~torch.isfinite(nn.utils.get_total_norm(gradients) + loss.detach())
@@ -310,8 +312,14 @@ def train_step(
 def skips_by_itself(optimizer: Any) -> bool:
     """Whether an optimiser changes nothing where its `found_inf` (a tensor) is not 0.
 
-    Torch's fused ones do, and say so by the attribute that its GradScaler asks for, too.
+    Torch's fused ones do, and say so by the attribute that its GradScaler asks for, too. But SGD's
+    momentum, which its first step makes, is left unset where that step is skipped.
     """
+    if isinstance(optimizer, torch.optim.SGD):
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if group["momentum"] and "momentum_buffer" not in optimizer.state[parameter]:
+                    return False
     return getattr(optimizer, "_step_supports_amp_scaling", False)
 
 

@@ -137,12 +137,13 @@ BY_SIDE = {"image_size", "unfreeze", "translate"}
 class _LeastWork(NamedTuple):
     """What a training takes, however few its images are."""
 
-    num_steps: int  # of all rounds together
+    num_steps: int  # of the whole training
     batch_size: int  # BatchNorm's mean and variance over fewer images are rough
 
 
-FINE_TUNED = _LeastWork(num_steps=120, batch_size=32)
+FINE_TUNED = _LeastWork(num_steps=100, batch_size=32)
 UNTRAINED = _LeastWork(num_steps=1000, batch_size=32)  # a guess: it was not searched
+STEPS_OF_A_ROUND = 30  # at least, where there are several
 STEPS_OF_AN_EPOCH = 60  # about so many are aimed at, between the least batch and the usual one
 
 AnySettings = TypeVar("AnySettings", bound=Settings)
@@ -244,7 +245,13 @@ def _unsettled(defaults: dict[str, Any], given: dict[str, Any]) -> dict[str, Any
     """Defaults without those that are not known before one's own pictures are counted."""
     if not given.get("pictures"):
         return defaults
-    return defaults | {name: None for name in BY_NUMBER if name in defaults}
+    names = ["epochs", "batch_size"]
+    is_pretrained = given.get("weights") != "none"
+    if given.get("arch", FineTuneSettings.arch) in AVERAGED and is_pretrained:
+        names += ["average", "rounds"]
+        if given.get("small_first"):  # the first rounds would end at a smaller size than the others
+            names = ["epochs", "batch_size"]
+    return defaults | {name: None for name in names if name in defaults}
 
 
 def by_number(settings: AnySettings, num_images: int) -> AnySettings:
@@ -267,22 +274,31 @@ def by_number(settings: AnySettings, num_images: int) -> AnySettings:
         least = UNTRAINED
     else:
         usual = _finetune_defaults(given)
-        least = FINE_TUNED
-        if settings.weights == "none":
-            least = UNTRAINED
-        elif settings.arch in AVERAGED and settings.average != 0 and num_images < max(ROUNDS):
-            usual["average"] = AVERAGE
-            usual["rounds"] = next(rounds for most, rounds in ROUNDS.items() if num_images < most)
-    chosen = {name: usual[name] if given[name] is None else given[name] for name in names}
-    if given["batch_size"] is None:
+        least = UNTRAINED if settings.weights == "none" else FINE_TUNED
+    chosen = {name: given[name] for name in names}
+    if chosen["batch_size"] is None:
         fitting = 2 ** round(math.log2(num_images / STEPS_OF_AN_EPOCH))
         most = max(min(usual["batch_size"], num_images), 4)  # four is the least there may be
         chosen["batch_size"] = min(max(fitting, least.batch_size), most)
-    if given["epochs"] is None:
-        num_steps = math.ceil(num_images / chosen["batch_size"])
-        rounds = chosen.get("rounds", 1)
-        of_a_round = math.ceil(least.num_steps / (rounds * num_steps))
-        chosen["epochs"] = max(usual["epochs"], rounds * of_a_round)
+    num_steps = math.ceil(num_images / chosen["batch_size"])
+
+    rounds = chosen.get("rounds", 1)
+    if rounds is None:
+        rounds = 1
+        if settings.average != 0 and num_images < max(ROUNDS):
+            rounds = next(rounds for most, rounds in ROUNDS.items() if num_images < most)
+        if chosen["epochs"] is not None:  # they divide them
+            rounds = max(n for n in range(1, rounds + 1) if chosen["epochs"] % n == 0)
+        chosen["rounds"] = rounds
+    if "average" in chosen and chosen["average"] is None:
+        chosen["average"] = AVERAGE if rounds > 1 else 0.0
+    if chosen["epochs"] is None:
+        of_a_round = math.ceil(usual["epochs"] / rounds)
+        if rounds > 1:
+            of_a_round = max(of_a_round, math.ceil(STEPS_OF_A_ROUND / num_steps))
+        else:
+            of_a_round = max(of_a_round, math.ceil(least.num_steps / num_steps))
+        chosen["epochs"] = rounds * of_a_round
     return replace(settings, **chosen)
 
 

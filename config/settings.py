@@ -266,7 +266,7 @@ class FineTuneSettings(Settings):
         "does not fall",
         at_least=0,
         below=1.001,
-        own=NUMBER,
+        own=f"resnet18 {NUMBER}",
     )
     rounds: int = setting(
         None,
@@ -274,7 +274,7 @@ class FineTuneSettings(Settings):
         "trainings from the same weights, one after the other; all their averaged weights count",
         at_least=1,
         below=100,
-        own=NUMBER,
+        own=f"resnet18 {NUMBER}",
     )
     stage_lr_scale: float = setting(
         None, FIT, "learning rate of each stage, times that of the next", at_least=0, below=2
@@ -286,11 +286,17 @@ class FineTuneSettings(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.average == 0 and self.rounds is not None and self.rounds > 1:
-            raise UnusableInput(
-                f"--rounds {self.rounds}: what they learn is averaged; add --average 0.6, or leave "
-                "it out"
-            )
+        if self.rounds is None or self.rounds == 1:
+            return
+        fault = ""
+        if self.average == 0:
+            fault = "what they learn is averaged; add --average 0.6"
+        elif self.epochs is not None and self.epochs % self.rounds:
+            fault = f"they must divide the {self.epochs} epochs; take other --epochs"
+        elif self.small_first:
+            fault = "the first ones would not come to full size; leave --small-first out"
+        if fault:
+            raise UnusableInput(f"--rounds {self.rounds}: {fault}, or leave --rounds out")
 
     @property
     def cached(self) -> bool:

@@ -128,10 +128,15 @@ def settled(settings: recipes.AnySettings, num_images: int) -> recipes.AnySettin
             f"--batch-size {chosen.batch_size}: there are {num_images} training images; take at "
             f"most {num_images}"
         )
+    rounds = chosen.plain().get("rounds", 1)
+    steps_of_round = chosen.epochs / rounds * (num_images / chosen.batch_size)
+    if rounds > 1 and chosen.average * steps_of_round < 1:
+        raise UnusableInput(
+            f"--average {chosen.average:g}: is less than a step of a round; take more"
+        )
     if chosen != settings:
         line = f"{num_images:,} training images: batches of {chosen.batch_size}, "
         line += f"{chosen.epochs} epochs (--batch-size, --epochs)"
-        rounds = chosen.plain().get("rounds", 1)
         if rounds > 1:
             line += f", in {rounds} trainings from the same weights that are averaged (--rounds)"
         print_paragraph(line)

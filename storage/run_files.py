@@ -1,7 +1,7 @@
 """The files of a run: where they lie, whether its name is free, who holds it."""
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -90,7 +90,10 @@ def has_state(state_path: Path) -> bool:
 
 @contextmanager
 def _held(path: Path, name: str) -> Iterator[None]:
-    if path.exists() and path.read_bytes() and not holder(path):
+    text = b""
+    with suppress(OSError):  # there is none, or Windows does not let a locked file be read
+        text = path.read_bytes()
+    if text and not text.isdigit():
         raise UnusableInput(
             f"{printable(path)}: is no lock of a run, and run {name} would replace it; move "
             "it away, or give another --run-name"

@@ -133,12 +133,16 @@ def test_photographs_show_resnet18_more_pixels_and_train_its_last_stage(
         (finetune, "", 5_000, 64, 4, 1),
         (finetune, "", 20_000, 128, 4, 1),
         (finetune, "--arch resnet50", 20_000, 128, 3, 1),
-        (finetune, "--arch resnet50", 300, 32, 12, 1),
+        (finetune, "--arch resnet50", 300, 32, 10, 1),
+        (finetune, "--image-size 224", 950, 32, 8, 4),
         (finetune, "", 10, 10, 120, 4),
         (finetune, "--weights none", 300, 32, 100, 1),
-        (finetune, "--average 0", 300, 32, 12, 1),
+        (finetune, "--average 0", 300, 32, 10, 1),
+        (finetune, "--small-first 0.5:96", 300, 32, 10, 1),
         (finetune, "--average 0.3 --rounds 2", 2_000, 32, 4, 2),
-        (finetune, "--epochs 3", 300, 32, 3, 4),
+        (finetune, "--epochs 1", 300, 32, 1, 1),
+        (finetune, "--epochs 3", 300, 32, 3, 3),
+        (finetune, "--epochs 10", 300, 32, 10, 2),
         (finetune, "--batch-size 100", 300, 100, 40, 4),
         (train_custom, "", 300, 32, 100, None),
         (train_custom, "", 50_000, 512, 20, None),
@@ -164,6 +168,9 @@ UNUSABLE = """
 train_custom --epochs 0              | --epochs 0: must be at least 1
 train_custom --epochs -3             | --epochs -3: must be at least 1
 finetune --rounds 3                  | --rounds 3: what they learn is averaged; add --average
+finetune --rounds 3 --average 0.5 --epochs 4  | --rounds 3: they must divide the 4 epochs
+finetune --rounds 2 --average 0.5 --small-first 0.5:64 | --rounds 2: the first ones would not
+finetune --limit 128 --epochs 2 --rounds 2 --average 0.01 | --average 0.01: is less than a step
 train_custom --epochs many           | invalid int value: 'many'; see --help
 train_custom --batch-size 400        | --batch-size 400: there are 310 training images; take
 train_custom --limit 0               | --limit 0: must be at least 4

@@ -89,6 +89,23 @@ def test_limit_takes_the_first_images_of_each_split_and_statistics_are_those_of_
     assert np.array_equal(splits.val.images.numpy(), sample["test_images"][:30])
 
 
+def test_arrays_that_memory_holds_but_once_are_not_copied(sample):
+    """They may lie in a file because a second time they would not fit."""
+    brought = data.Arrays(
+        ("cat", "dog"),
+        *(
+            sample[f"{split}_{kind}"]
+            for split in ("train", "test")
+            for kind in ("images", "labels")
+        ),
+        val_images=sample["test_images"],
+        val_labels=sample["test_labels"],
+    )
+    splits = data.make_splits(brought, val_fraction=0.1, limit=None, seed=0, device=CPU)
+    assert np.shares_memory(splits.train.images.numpy(), brought.train_images)
+    assert np.shares_memory(splits.val.images.numpy(), brought.val_images)
+
+
 @pytest.mark.parametrize("limit", [4, 10, 12, 20])
 def test_a_limit_leaves_no_class_out_that_could_be_there(sample, limit):
     arrays = data.Arrays(tuple("abcdefghij"), *sample.values())

@@ -4,6 +4,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -65,7 +66,11 @@ def beginning(kind="adamw"):
     return model, optimizer_of(model, model[-1], kind)
 
 
-PLAIN = {"plain adamw": torch.optim.AdamW, "rmsprop": torch.optim.RMSprop}  # not fused
+PLAIN = {
+    "plain adamw": torch.optim.AdamW,
+    "rmsprop": torch.optim.RMSprop,
+    "fused sgd": partial(torch.optim.SGD, momentum=0.9, fused=True),
+}
 
 
 def optimizer_of(model, classifier, kind):
@@ -368,7 +373,13 @@ def test_each_round_begins_anew_and_all_are_averaged(kind):
     for number, parameter in enumerate(model.parameters()):
         last = [step[number] for step in (*weights[5:10], *weights[15:])]
         torch.testing.assert_close(parameter.detach(), torch.stack(last).mean(0))
-    assert [engine.round_of(epoch, 5, 2) for epoch in range(5)] == [(0, 2)] * 2 + [(2, 5)] * 3
+    for epochs, average in ((5, 0.5), (4, 0.05)):
+        with pytest.raises(ValueError, match="2 rounds must divide the"):
+            next(
+                engine.train(
+                    model, optimizer, Few(5), epochs=epochs, lr=1, average=average, rounds=2
+                )
+            )
 
 
 def test_a_share_of_less_than_a_step_averages_nothing():
