@@ -9,7 +9,7 @@ train: .venv/.run
 test: .venv/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .venv/.run: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -17,6 +17,6 @@ test: .venv/.test
 	touch $@
 
 .venv/.test: .venv/.run Makefile
-	$(BIN)/python -m pip install --disable-pip-version-check "pytest>=8" "pytest-xdist>=3.6" "ruff>=0.9" \
+	$(BIN)/python -m pip install --disable-pip-version-check "pytest>=8" "pytest-xdist>=3.7" "ruff>=0.9" \
 		onnx onnxscript onnxruntime
 	touch $@

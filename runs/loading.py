@@ -25,13 +25,13 @@ from runtime import launch, processes
 from runtime.device import choose_precision
 from sources import imagenet
 from sources.cifar10 import cifar10
+from sources.found import unbalanced_text
 from sources.known_pictures import BEFORE, Known, changes, known
 from sources.picture_folder import Picture, folder, print_paragraph
 from storage import checkpoint
 from storage.files import sha256
 
 NO_SUCH_WEIGHTS = "--weights {}: no such file; or imagenet, or none"
-UNBALANCED = 5  # a class with so many times another's images is worth a line
 # Where config.json says how the trainings that led to the first weights divided CIFAR-10.
 CIFAR10_BEFORE = "cifar10_before"
 DIVIDED_BY = ("seed", "val_fraction", "limit")  # the settings that do
@@ -101,7 +101,9 @@ def load_splits(
         seed=settings.seed,
         device=device,
     )
-    unbalanced = _unbalanced_line(splits, settings.balance)
+    counts = torch.bincount(splits.train.labels, minlength=len(splits.classes)).tolist()
+    of_class = dict(zip(splits.classes, counts, strict=True))
+    unbalanced = unbalanced_text(of_class, settings.balance)
     if unbalanced:
         print_paragraph(unbalanced, indent="  ")
     shape = list(splits.train.images.shape[1:3])  # (H, W)
@@ -141,20 +143,6 @@ def settled(settings: recipes.AnySettings, num_images: int) -> recipes.AnySettin
             line += f", in {rounds} trainings from the same weights that are averaged (--rounds)"
         print_paragraph(line)
     return chosen
-
-
-def _unbalanced_line(splits: Splits, is_weighed: bool) -> str:
-    """Says how far the numbers of training images differ; empty where it is not far."""
-    counts = torch.bincount(splits.train.labels, minlength=len(splits.classes)).tolist()
-    of_class = dict(zip(splits.classes, counts, strict=True))
-    rarest = min(of_class, key=of_class.get)
-    largest = max(of_class, key=of_class.get)
-    if of_class[largest] <= UNBALANCED * of_class[rarest]:
-        return ""
-    line = f"unbalanced: {of_class[largest]:,} {largest} to train on, {of_class[rarest]:,} {rarest}"
-    if is_weighed:
-        return f"{line}; all classes weigh alike (--balance)"
-    return f"{line}; macro F1 tells more than accuracy, --balance weighs the rare more"
 
 
 def _check_same_pictures(folder: Path, before: Known | None, now: Known) -> None:

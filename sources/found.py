@@ -16,6 +16,7 @@ _REASONS = {
     "copies": "as copies of others",
     "in_two_classes": "in two classes",
 }
+UNBALANCED = 5  # a class with so many times another's images is worth a line
 MUCH_LOST = 0.25  # a share of a picture; what is cut away of a photograph of 4:3
 Size = tuple[int, int]  # width and height, pixels
 
@@ -80,6 +81,23 @@ def loss_text(share: float) -> str:
         f"their central squares are used: {100 * share:.0f} % of the median picture is cut away; "
         "--fit pad shows all of it"
     )
+
+
+def unbalanced_text(counts: Mapping[str, int], is_weighed: bool) -> str:
+    """Says how far the numbers of training images differ; empty where it is not far.
+
+    Args:
+        counts: of each class.
+        is_weighed: whether the loss weighs them alike.
+    """
+    rarest = min(counts, key=counts.get)
+    largest = max(counts, key=counts.get)
+    if counts[largest] <= UNBALANCED * counts[rarest]:
+        return ""
+    text = f"unbalanced: {counts[largest]:,} {largest} to train on, {counts[rarest]:,} {rarest}"
+    if is_weighed:
+        return f"{text}; all classes weigh alike (--balance)"
+    return f"{text}; macro F1 tells more than accuracy, --balance weighs the rare more"
 
 
 def splits_text(counts: Mapping[str, int], drawn: Collection[str], seed: int) -> str:

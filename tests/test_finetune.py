@@ -272,17 +272,19 @@ def test_the_cache_runs_the_backbone_twice_an_image_and_changes_no_bit(
 
 
 @pytest.mark.parametrize(
-    "more",
-    [("last",), ("head", "--no-cache"), ("most", "--average", "0.8", "--rounds", "3")],
+    ("more", "number", "place"),
+    [
+        (("last", "--epochs", "2"), 5, (1, 1)),
+        (("head", "--no-cache", "--epochs", "2"), 5, (1, 1)),
+        # Stopped where the second round begins.
+        (("most", "--epochs", "3", "--average", "0.8", "--rounds", "3"), 4, (1, 0)),
+    ],
     ids=["cache", "plain", "rounds"],
 )
-@pytest.mark.parametrize(("signal_number", "place"), [(4, (1, 0)), (5, (1, 1))])
-def test_finetuning_with_dropout_resumes_to_the_same_bits(
-    run, signal_at, more, signal_number, place
-):
-    common = (*TINY, "--weights", "none", "--epochs", "3", "--unfreeze", *more, "--run-name")
+def test_finetuning_with_dropout_resumes_to_the_same_bits(run, signal_at, more, number, place):
+    common = (*TINY, "--weights", "none", "--unfreeze", *more, "--run-name")
     assert run(*common, "whole").code == 0
-    signal_at(signal_number, signal.SIGTERM)
+    signal_at(number, signal.SIGTERM)
     assert run(*common, "halves").code == 143
     state, _ = checkpoint.load_state(Path("checkpoints/halves.resume.pt"))
     assert (state["epoch"], state["step"]) == place
