@@ -4,7 +4,7 @@ Every round trains a small network, is killed with SIGKILL again and again (half
 purpose while a file is being written, which an injected delay makes likely), is resumed, and must
 end in exactly the checkpoint and history of the run that nobody disturbed. The rounds take turns
 at a plain training, one with Muon and growing images, one on cached features with dropout, and one
-that begins twice and averages its weights.
+that begins three times and averages its weights.
 """
 
 import mmap
@@ -49,7 +49,7 @@ JOBS = (
     (
         finetune.main,
         "--arch mobilenet_v3_small --unfreeze most --weights none --image-size 32 --average 0.6 "
-        "--rounds 2",
+        "--rounds 3",
     ),
 )
 
