@@ -2,8 +2,8 @@
 
 `train` is a generator: it yields after every step and at the end of every epoch, so that whoever
 runs it may print, save, validate or stop there. With a fused optimiser nothing waits for the
-device. Where
-torch.distributed runs several processes, each trains and predicts its part of every batch.
+device. Where torch.distributed runs several processes, each trains and predicts its part of every
+batch.
 """
 
 import itertools

@@ -120,11 +120,7 @@ LARGE_SIDE = 224
 LARGE_FROM = 200  # pixels of the pictures' shorter side; small ones enlarged show nothing more
 OWN_LARGE_PICTURES: dict[str, dict[str, Any]] = {"resnet18": {"unfreeze": "last"}}
 # Nothing to keep, more to learn.
-FROM_SCRATCH: dict[str, Any] = {
-    "unfreeze": "all",
-    "stage_lr_scale": 1.0,
-    "epochs": 10,
-}
+FROM_SCRATCH: dict[str, Any] = {"unfreeze": "all", "stage_lr_scale": 1.0, "epochs": 10}
 # These change the input of a frozen part, whose output could not be kept.
 CHANGE_INPUT = ("translate", "cutout", "small_first")
 
@@ -247,10 +243,9 @@ def _unsettled(defaults: dict[str, Any], given: dict[str, Any]) -> dict[str, Any
         return defaults
     names = ["epochs", "batch_size"]
     is_pretrained = given.get("weights") != "none"
-    if given.get("arch", FineTuneSettings.arch) in AVERAGED and is_pretrained:
+    grows = given.get("small_first")  # the first rounds would end at a smaller size than the others
+    if given.get("arch", FineTuneSettings.arch) in AVERAGED and is_pretrained and not grows:
         names += ["average", "rounds"]
-        if given.get("small_first"):  # the first rounds would end at a smaller size than the others
-            names = ["epochs", "batch_size"]
     return defaults | {name: None for name in names if name in defaults}
 
 
@@ -286,7 +281,7 @@ def by_number(settings: AnySettings, num_images: int) -> AnySettings:
     if rounds is None:
         rounds = 1
         if settings.average != 0 and num_images < max(ROUNDS):
-            rounds = next(rounds for most, rounds in ROUNDS.items() if num_images < most)
+            rounds = next(number for below, number in ROUNDS.items() if num_images < below)
         if chosen["epochs"] is not None:  # they divide them
             rounds = max(n for n in range(1, rounds + 1) if chosen["epochs"] % n == 0)
         chosen["rounds"] = rounds
