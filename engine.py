@@ -22,7 +22,7 @@ from tqdm import tqdm
 # What BatchNorm's statistics are measured on, where they are young: batches at the end of a
 # training, and before it images, for more would take longer than they are worth.
 MEASURED = 50
-MEASURED_BETWEEN = 128
+MEASURED_BETWEEN = 64
 
 
 class Batches(Protocol):

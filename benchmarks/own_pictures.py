@@ -1,14 +1,18 @@
 """Pictures of one's own: what a few are enough for, and how soon a training on many of them starts.
 
-Few: folders written out of CIFAR-10, PNG files, as many of a class as the case says, and test
+Few: folders written out of CIFAR-10, as many pictures of a class as the case says, and test
 images in a folder of their own; or folders that are given. Measured is `finetune.py`, the whole
 command without flags that fit it to the case, and after it, with `--fastai`, fastai on the same
 folder. Many: photographs of 640x480 pixels made of CIFAR-10, about 100 KB as JPEG; measured from
-the command to the first step.
+the command to the first step. More than memory holds: JPEGs of 128x128 pixels; measured is how fast
+a training on them learns, and what it leaves when it is stopped. Where Linux has a control group
+with a limit, `--memory-group` trains once more in it.
 """
 
 import json
+import os
 import resource
+import signal
 import subprocess
 import sys
 import tempfile
@@ -25,6 +29,8 @@ from PIL import Image
 from benchmarks import common, memory
 from data import Arrays
 from sources.cifar10 import CLASSES, cifar10
+from storage import checkpoint
+from storage.history import HEADER
 
 
 class Case(NamedTuple):
@@ -37,18 +43,19 @@ class Case(NamedTuple):
     counts: dict[str, int]  # training images of a class
     num_test: int  # of each class
     side: int = 32  # pixels
+    ending: str = ".png"
 
 
 CASES = {
     "30 a class": Case(dict.fromkeys(CLASSES, 30), 100),
     "200 a class, 96 pixels": Case(dict.fromkeys(CLASSES, 200), 200, side=96),
-    "cats and dogs, 100 each": Case({"cat": 100, "dog": 100}, 500),
+    "cats and dogs, 100 each, JPEG of 240 pixels": Case({"cat": 100, "dog": 100}, 500, 240, ".jpg"),
     "cats and dogs, 200 and 10": Case({"cat": 200, "dog": 10}, 500),
 }
 
 
 def write_case(folder: Path, case: Case, seed: int, data: Arrays) -> None:
-    """Writes `train/` and `test/` of a case, numbered PNG files in a folder per class."""
+    """Writes `train/` and `test/` of a case, numbered files in a folder per class."""
     for name, count in case.counts.items():
         label = CLASSES.index(name)
         train = data.train_images[data.train_labels == label][seed * count :][:count]
@@ -60,7 +67,7 @@ def write_case(folder: Path, case: Case, seed: int, data: Arrays) -> None:
                 image = Image.fromarray(values)
                 if case.side != 32:
                     image = image.resize((case.side, case.side), Image.Resampling.BICUBIC)
-                image.save(place / f"{number:05}.png")
+                image.save(place / f"{number:05}{case.ending}")
 
 
 def write_photographs(folder: Path, images: np.ndarray, labels: np.ndarray, count: int) -> int:
@@ -79,6 +86,24 @@ def write_photographs(folder: Path, images: np.ndarray, labels: np.ndarray, coun
 
     with ThreadPoolExecutor() as pool:
         return sum(pool.map(one, range(count)))
+
+
+def write_small(folder: Path, images: np.ndarray, labels: np.ndarray, count: int) -> None:
+    """Writes so many JPEGs of 128x128 pixels in a folder per class: the images, then parts of them.
+
+    More than 25 of an image would be copies.
+    """
+
+    def one(number: int) -> None:
+        turn, index = divmod(number, len(images))
+        down, right = divmod(turn, 5)
+        part = images[index, down : down + 28, right : right + 28] if turn else images[index]
+        path = folder / CLASSES[labels[index]] / f"{number:06}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(part).resize((128, 128), Image.Resampling.BICUBIC).save(path)
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(one, range(count)))
 
 
 class Command(NamedTuple):
@@ -134,6 +159,73 @@ def fine_tune(pictures: Path, folder: Path, flags: str, seed: int) -> dict[str, 
     }
 
 
+def stopped_after(
+    seconds: float, pictures: Path, flags: str, memory_group: Path | None
+) -> dict[str, Any]:
+    """Fine-tunes on the pictures of a folder for a while and stops as Ctrl-C does.
+
+    Args:
+        seconds: from the first step.
+        pictures: the folder.
+        flags: of finetune.py.
+        memory_group: a control group of Linux to train in; None for this process's own.
+
+    Returns:
+        Seconds to the first step, images/s from there, bytes held at most, whether the pictures
+        lay in a file, and the names of what was left beside the state.
+    """
+    job = f"{memory.ROOT}/finetune.py --pictures {pictures} --run-name many {flags}"
+    with tempfile.TemporaryDirectory() as place:
+        begin = time.perf_counter()
+        joins = ["sh", "-c", 'echo $$ > "$0" && exec "$@"', _procs(memory_group)]
+        process = subprocess.Popen(
+            [*joins, sys.executable, *job.split()],
+            cwd=place,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        in_file = False
+        for line in process.stdout:
+            in_file |= "in a file" in line
+            if line.rstrip("\n") == HEADER:  # which the first step follows
+                break
+        else:
+            raise SystemExit(f"{job}: no first step, exit code {process.wait()}")
+        first_step = time.perf_counter() - begin
+        time.sleep(seconds)
+        os.kill(process.pid, signal.SIGTERM)
+        process.stdout.read()
+        _, status, usage = os.wait4(process.pid, 0)
+        if os.waitstatus_to_exitcode(status) != 128 + signal.SIGTERM:
+            raise SystemExit(f"{job}: ended by itself")
+        folder = Path(place) / "checkpoints"
+        state, _ = checkpoint.load_state(folder / "many.resume.pt")
+        return {
+            "memory_limit": _limit(memory_group),
+            "startup_seconds": round(first_step, 1),
+            "images_per_second": round(
+                state["step"] * state["config"]["batch_size"] / state["spent"]["epoch"], 1
+            ),
+            "seconds": round(state["spent"]["epoch"], 1),
+            "peak_bytes": 1024 * usage.ru_maxrss,
+            "in_file": in_file,
+            "left": sorted(path.name for path in folder.iterdir()),
+        }
+
+
+def _procs(memory_group: Path | None) -> str:
+    """The file that takes the number of a process that is to be in the group."""
+    return str(memory_group / "cgroup.procs") if memory_group else "/dev/null"
+
+
+def _limit(memory_group: Path | None) -> int | None:
+    """Bytes that a group may take (control groups of version 1 and 2)."""
+    if memory_group is None:
+        return None
+    names = ("memory.max", "memory.limit_in_bytes")
+    return next(int((memory_group / n).read_text()) for n in names if (memory_group / n).exists())
+
+
 def with_fastai(
     python: str, weights: Path, pictures: Path, seed: int, sizes: list[int]
 ) -> list[dict[str, Any]]:
@@ -157,6 +249,10 @@ def main() -> None:
     parser.add_argument("--folders", nargs="*", type=Path, default=[], help="each another case")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of each case")
     parser.add_argument("--many", type=int, default=20_000, help="photographs; 0 leaves them out")
+    parser.add_argument("--small", type=int, default=0, help="pictures of 128 pixels")
+    parser.add_argument("--small-flags", default="--image-size 128", help="for these")
+    parser.add_argument("--stop-after", type=float, default=180.0, help="seconds of training")
+    parser.add_argument("--memory-group", type=Path, help="control group with a memory limit")
     parser.add_argument("--flags", default="--arch resnet18", help="of finetune.py, for all")
     parser.add_argument("--fastai", help="the Python of an environment with fastai")
     parser.add_argument("--fastai-weights", type=Path, help="torchvision's file of ResNet-18")
@@ -189,6 +285,15 @@ def main() -> None:
             job = f"finetune.py {args.flags} --limit 2000 --pictures {place}"
             found = memory.run(job, args.data_dir.resolve())
         figures["many"] = {"pictures": args.many, "bytes": size, **found}
+    if args.small:
+        rows = figures["small"] = []
+        with tempfile.TemporaryDirectory() as place:
+            write_small(Path(place), data.train_images, data.train_labels, args.small)
+            flags = f"{args.flags} {args.small_flags}"
+            for group in [None, args.memory_group] if args.memory_group else [None]:
+                row = stopped_after(args.stop_after, Path(place), flags, group)
+                rows.append({"pictures": args.small, "flags": flags, **row})
+                print(rows[-1], flush=True)
     common.write(args, figures)
 
 

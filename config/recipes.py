@@ -115,10 +115,6 @@ OWN_PICTURES: dict[str, dict[str, Any]] = {"resnet18": {"image_size": 160}}
 ROUNDS = {1000: 4, 5000: 2}
 AVERAGE = 0.6  # of the steps of a round
 AVERAGED = {"resnet18"}  # the networks that were found to gain by it
-# Photographs show more on ImageNet's side; there the last stage is enough, whose input is kept.
-LARGE_SIDE = 224
-LARGE_FROM = 200  # pixels of the pictures' shorter side; small ones enlarged show nothing more
-OWN_LARGE_PICTURES: dict[str, dict[str, Any]] = {"resnet18": {"unfreeze": "last"}}
 # Nothing to keep, more to learn.
 FROM_SCRATCH: dict[str, Any] = {"unfreeze": "all", "stage_lr_scale": 1.0, "epochs": 10}
 # These change the input of a frozen part, whose output could not be kept.
@@ -126,8 +122,6 @@ CHANGE_INPUT = ("translate", "cutout", "small_first")
 
 # Settings whose default follows from the number of training images where these are one's own.
 BY_NUMBER = ("epochs", "batch_size", "average", "rounds")
-# Likewise from their sides.
-BY_SIDE = {"image_size", "unfreeze", "translate"}
 
 
 class _LeastWork(NamedTuple):
@@ -212,29 +206,12 @@ def _finetune_defaults(given: dict[str, Any]) -> dict[str, Any]:
     usual = defaults["unfreeze"]
     if given.get("pictures"):
         defaults |= OWN_PICTURES.get(arch, {})
-        moves = any(given.get(name) for name in CHANGE_INPUT)
-        if given.get("image_size", 0) >= LARGE_SIDE and not moves:
-            defaults |= OWN_LARGE_PICTURES.get(arch, {})
     if given.get("weights") == "none":
         defaults |= FROM_SCRATCH
     part = given.get("unfreeze", defaults["unfreeze"])
     if part != usual:
         defaults |= BY_PART.get(part, {})
     return defaults
-
-
-def by_side(given: dict[str, Any], median_side: int) -> dict[str, Any]:
-    """What was given of a fine-tuning, with the side of the input that suits one's own pictures.
-
-    Args:
-        given: the flags, by name; a side among them stays.
-        median_side: of the pictures' shorter sides, pixels.
-    """
-    is_pretrained = given.get("weights") != "none"
-    is_meant = is_pretrained and given.get("arch", FineTuneSettings.arch) in OWN_LARGE_PICTURES
-    if is_meant and median_side >= LARGE_FROM:
-        return {"image_size": LARGE_SIDE} | given
-    return given
 
 
 def _unsettled(defaults: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
@@ -308,11 +285,7 @@ def without_flags(settings: AnySettings) -> AnySettings:
     given: dict[str, Any] = {"pictures": settings.pictures}
     if isinstance(settings, CustomSettings):
         return custom(given | {"recipe": settings.recipe})
-    given["arch"] = settings.arch
-    is_large = settings.image_size is not None and settings.image_size >= LARGE_SIDE
-    if settings.pictures and settings.arch in OWN_LARGE_PICTURES and is_large:
-        given["image_size"] = LARGE_SIDE  # it follows from the pictures
-    return finetune(given)
+    return finetune(given | {"arch": settings.arch})
 
 
 def changed(settings: Settings, num_images: int) -> dict[str, Any]:

@@ -141,7 +141,7 @@ class Settings:
         "side of the network's input, pixels",
         at_least=16,
         below=513,
-        own="resnet18 160, or 224 where most have sides of 200 or more",
+        own="resnet18 160",
     )
     fit: str = setting(
         "crop",
@@ -255,7 +255,6 @@ class FineTuneSettings(Settings):
         FIT,
         "which part trains; the rest stays",
         choices=("head", "last", "most", "all"),
-        own="resnet18 last at 224 pixels and more",
     )
     # Not Muon: it sets the norms of the layers, and pretrained ones are to keep theirs.
     optimizer: str = setting("adamw", FIT, "how gradients become steps", choices=("adam", "adamw"))

@@ -94,33 +94,10 @@ def test_changes_of_a_recipe_are_named_but_seed_device_and_files_are_none():
     assert recipes.changed(here, 50_000) == {}
     own = recipes.by_number(finetune.parse(["--pictures", "p", "--dropout", "0.5"]), 300)
     assert recipes.changed(own, 300) == {"pictures": "p", "dropout": 0.5}
-    large = recipes.by_number(finetune.parse(["--pictures", "p"], lambda folder: 400), 300)
-    assert recipes.changed(large, 300) == {"pictures": "p"}
     larger = recipes.by_number(finetune.parse(["--pictures", "p", "--image-size", "256"]), 300)
     assert recipes.changed(larger, 300) == {"pictures": "p", "image_size": 256}
     cifar10 = finetune.parse(["--image-size", "224"])
     assert recipes.changed(cifar10, 48_000) == {"image_size": 224}
-
-
-@pytest.mark.parametrize(
-    ("flags", "median_side", "expected"),
-    [
-        ("", 199, (160, "most", 2)),
-        ("", 200, (224, "last", 0)),
-        ("--image-size 96", 400, (96, "most", 2)),
-        ("--image-size 224", 32, (224, "last", 0)),
-        ("--unfreeze most", 400, (224, "most", 2)),
-        ("--translate 3", 400, (224, "most", 3)),
-        ("--weights none", 400, (160, "all", 2)),
-        ("--arch vgg19", 400, (80, "last", 0)),
-    ],
-)
-def test_photographs_show_resnet18_more_pixels_and_train_its_last_stage(
-    flags, median_side, expected
-):
-    words = ["--pictures", "p", *shlex.split(flags)]
-    settings = finetune.parse(words, lambda folder: median_side)
-    assert (settings.image_size, settings.unfreeze, settings.translate) == expected
 
 
 @pytest.mark.parametrize(
@@ -134,7 +111,7 @@ def test_photographs_show_resnet18_more_pixels_and_train_its_last_stage(
         (finetune, "", 20_000, 128, 4, 1),
         (finetune, "--arch resnet50", 20_000, 128, 3, 1),
         (finetune, "--arch resnet50", 300, 32, 10, 1),
-        (finetune, "--image-size 224", 950, 32, 8, 4),
+        (finetune, "--unfreeze last", 950, 32, 8, 4),
         (finetune, "", 10, 10, 120, 4),
         (finetune, "--weights none", 300, 32, 100, 1),
         (finetune, "--average 0", 300, 32, 10, 1),
