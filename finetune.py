@@ -1,6 +1,8 @@
 """Fine-tunes a network that knows ImageNet, on CIFAR-10 or on your own pictures."""
 
 import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from config import commandline, recipes
@@ -17,15 +19,22 @@ page to watch the training on. Ctrl-C stops it; the same command with --resume
 goes on."""
 
 
-def parse(argv: list[str] | None) -> FineTuneSettings:
+def parse(argv: list[str] | None, measure: Callable[[Path], int] | None = None) -> FineTuneSettings:
     """Turns the command line into settings.
+
+    Args:
+        argv: the words after the script's name; None takes the process's own.
+        measure: gives the median side of the pictures in a folder, on which defaults depend.
 
     Raises:
         UnusableInput: a flag is unknown or its value breaks a rule.
     """
     parser = commandline.Parser("finetune.py", __doc__, EXAMPLES)
     commandline.add_flags(parser, FineTuneSettings, recipes.BY_NETWORK, FineTuneSettings.arch)
-    return recipes.finetune(vars(parser.parse_args(argv)))
+    given = vars(parser.parse_args(argv))
+    if measure and given.get("pictures"):
+        given = recipes.by_side(given, measure(given["pictures"]))
+    return recipes.finetune(given)
 
 
 if __name__ == "__main__":
@@ -44,6 +53,7 @@ from runs.finish import finish
 from runs.training import Training
 from runtime import processes
 from runtime.device import compile_or_not, now, prepare
+from sources.pictures import median_side
 
 
 def make_network(
@@ -166,7 +176,7 @@ def train(settings: FineTuneSettings, command: str) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Runs the script; returns its exit code."""
     return commandline.exit_code(
-        lambda: train(parse(argv), commandline.command("finetune.py", argv))
+        lambda: train(parse(argv, median_side), commandline.command("finetune.py", argv))
     )
 
 

@@ -115,6 +115,7 @@ OWN_PICTURES: dict[str, dict[str, Any]] = {"resnet18": {"image_size": 160}}
 ROUNDS = {1000: 4, 5000: 2}
 AVERAGE = 0.6  # of the steps of a round
 AVERAGED = {"resnet18"}  # the networks that were found to gain by it
+LARGE_SIDE = {"resnet18": 192}  # of the input for pictures that are that large
 # Nothing to keep, more to learn.
 FROM_SCRATCH: dict[str, Any] = {"unfreeze": "all", "stage_lr_scale": 1.0, "epochs": 10}
 # These change the input of a frozen part, whose output could not be kept.
@@ -122,6 +123,8 @@ CHANGE_INPUT = ("translate", "cutout", "small_first")
 
 # Settings whose default follows from the number of training images where these are one's own.
 BY_NUMBER = ("epochs", "batch_size", "average", "rounds")
+# Likewise from their sides.
+BY_SIDE = {"image_size"}
 
 
 class _LeastWork(NamedTuple):
@@ -214,6 +217,19 @@ def _finetune_defaults(given: dict[str, Any]) -> dict[str, Any]:
     return defaults
 
 
+def by_side(given: dict[str, Any], median_side: int) -> dict[str, Any]:
+    """What was given of a fine-tuning, with the side of the input that suits one's own pictures.
+
+    Args:
+        given: the flags, by name; a side among them stays.
+        median_side: of the pictures' shorter sides, pixels.
+    """
+    large = LARGE_SIDE.get(given.get("arch", FineTuneSettings.arch))
+    if large and median_side >= large:
+        return {"image_size": large} | given
+    return given
+
+
 def _unsettled(defaults: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     """Defaults without those that are not known before one's own pictures are counted."""
     if not given.get("pictures"):
@@ -285,7 +301,10 @@ def without_flags(settings: AnySettings) -> AnySettings:
     given: dict[str, Any] = {"pictures": settings.pictures}
     if isinstance(settings, CustomSettings):
         return custom(given | {"recipe": settings.recipe})
-    return finetune(given | {"arch": settings.arch})
+    given["arch"] = settings.arch
+    if settings.pictures and settings.image_size == LARGE_SIDE.get(settings.arch):
+        given["image_size"] = settings.image_size  # it follows from the pictures
+    return finetune(given)
 
 
 def changed(settings: Settings, num_images: int) -> dict[str, Any]:

@@ -141,7 +141,7 @@ class Settings:
         "side of the network's input, pixels",
         at_least=16,
         below=513,
-        own="resnet18 160",
+        own="resnet18 160, or 192 where most are that large",
     )
     fit: str = setting(
         "crop",

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from config.recipes import BY_NUMBER, changed
+from config.recipes import BY_NUMBER, BY_SIDE, changed
 from config.settings import ABSENT, WITHOUT_EFFECT, Settings, flag, typed
 from data import Splits, TrainBatches
 from display.live import best_effort
@@ -289,6 +289,8 @@ def _check_same(settings: Settings, saved: dict[str, Any], name: str) -> None:
         name: of the run.
     """
     may_differ = {*WITHOUT_EFFECT, "run_name", "device"}
+    if settings.pictures and not settings.pictures.exists():
+        may_differ |= BY_SIDE  # nothing tells their sides; loading will say what is missing
     here = settings.plain()
     different = []
     for key, value in here.items():

@@ -4,6 +4,8 @@ import contextlib
 import functools
 import hashlib
 import io
+import math
+import statistics
 import struct
 import warnings
 import zlib
@@ -21,6 +23,7 @@ try:
 except ImportError:
     pillow_heif = None
 
+MEASURED = 200  # pictures whose sizes stand for those of a folder
 MAX_PIXELS = 100_000_000  # a photograph of that many takes 300 MB once decoded
 # For EPS Pillow would run Ghostscript, a whole language; the others it knows but cannot draw.
 _NOT_DRAWN = {"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG"}
@@ -125,6 +128,22 @@ def search(folder: Path) -> tuple[list[Path], list[Path]]:
 
     look_into(folder)
     return pictures, others
+
+
+def median_side(folder: Path) -> int:
+    """The median of the shorter sides, pixels, of pictures spread over a folder.
+
+    0 where there are none that can be opened: reading them will say why.
+    """
+    found = search(folder)[0] if folder.is_dir() else []
+    sides = []
+    for path in found[:: math.ceil(max(len(found), 1) / MEASURED)]:
+        if path.is_file():  # opening a fifo would wait for its writer
+            with contextlib.suppress(*_BROKEN), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                with Image.open(path, formats=_formats()[0]) as image:
+                    sides.append(min(image.size))
+    return int(statistics.median(sides)) if sides else 0
 
 
 def has_picture_ending(path: Path) -> bool:

@@ -94,10 +94,27 @@ def test_changes_of_a_recipe_are_named_but_seed_device_and_files_are_none():
     assert recipes.changed(here, 50_000) == {}
     own = recipes.by_number(finetune.parse(["--pictures", "p", "--dropout", "0.5"]), 300)
     assert recipes.changed(own, 300) == {"pictures": "p", "dropout": 0.5}
+    large = recipes.by_number(finetune.parse(["--pictures", "p"], lambda folder: 400), 300)
+    assert recipes.changed(large, 300) == {"pictures": "p"}
     larger = recipes.by_number(finetune.parse(["--pictures", "p", "--image-size", "256"]), 300)
     assert recipes.changed(larger, 300) == {"pictures": "p", "image_size": 256}
     cifar10 = finetune.parse(["--image-size", "224"])
     assert recipes.changed(cifar10, 48_000) == {"image_size": 224}
+
+
+@pytest.mark.parametrize(
+    ("flags", "median_side", "expected"),
+    [
+        ("", 191, 160),
+        ("", 192, 192),
+        ("--image-size 96", 400, 96),
+        ("--arch vgg19", 400, 80),
+    ],
+)
+def test_large_pictures_show_resnet18_more_pixels(flags, median_side, expected):
+    words = ["--pictures", "p", *shlex.split(flags)]
+    settings = finetune.parse(words, lambda folder: median_side)
+    assert settings.image_size == expected
 
 
 @pytest.mark.parametrize(

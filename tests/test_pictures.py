@@ -1380,3 +1380,14 @@ def test_no_chain_of_weights_hands_a_test_picture_on(workplace, run, refused):
     del content["pictures"]
     checkpoint.save(Path("checkpoints/old.pt"), content)
     assert "does not say which pictures trained it" in refused(*again, "checkpoints/old.pt")
+
+
+def test_the_median_side_is_of_shorter_sides_and_passes_over_what_cannot_be_opened(tmp_path):
+    sides = {"a/wide.png": (500, 90), "a/tall.jpg": (210, 400), "b/square.png": (300, 300)}
+    for name, size in sides.items():
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        Image.new("RGB", size).save(path)
+    (tmp_path / "b/broken.jpg").write_bytes(b"no picture")
+    assert pictures.median_side(tmp_path) == 210
+    assert pictures.median_side(tmp_path / "absent") == 0
