@@ -36,6 +36,7 @@ BLUE = "#0072B2"
 ORANGE = "#D55E00"
 GREY = "#666666"
 FONT = "DejaVu Sans"  # comes with matplotlib
+AGAIN = "begun again from the same weights; at last their average is validated"
 DPI = 120  # 10 inches make 1200 px, which a README shows unscaled
 Pixels = np.ndarray | Tensor
 Names = Sequence[str]
@@ -44,10 +45,11 @@ Rows = Sequence[Mapping[str, Any]]
 _boxes_said: list[frozenset[str]] = []  # characters that no font has; said of the first alone
 
 
-def curves(history: Rows, path: Path, title: str) -> None:
+def curves(history: Rows, path: Path, title: str, epochs_of_round: int = 0) -> None:
     """Loss, accuracy and learning rate by epoch, as the rows of `history.csv` hold them.
 
-    Values that are absent, empty or NaN are left out; one row at least.
+    Values that are absent, empty or NaN are left out; one row at least. After so many epochs the
+    training began again from the same weights (`engine.train`, `rounds`); 0 if it never did.
     """
     with drawing(path, 10, 4.3, title) as figure:
         loss, accuracy, rate = figure.subplots(1, 3, width_ratios=(4, 4, 3))
@@ -68,9 +70,13 @@ def curves(history: Rows, path: Path, title: str) -> None:
         for name, axes in panels.items():
             tidy(axes, title=name, xlabel="epoch", xlim=(0.5, last_epoch + 0.5))
             axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
+            if epochs_of_round:
+                for epoch in range(epochs_of_round, int(last_epoch), epochs_of_round):
+                    axes.axvline(epoch + 0.5, color=GREY, linestyle=":", label=AGAIN)
         # Below the panels: inside them it would cover the lines of a short training.
         lines, labels = accuracy.get_legend_handles_labels()
-        figure.legend(lines, labels, loc="outside lower center", frameon=False)
+        of_label = dict(zip(labels, lines, strict=True))  # each once
+        figure.legend(of_label.values(), of_label, loc="outside lower center", frameon=False)
 
 
 def confusion_matrix(matrix: Tensor, classes: Names, path: Path, title: str) -> None:
@@ -85,7 +91,9 @@ def confusion_matrix(matrix: Tensor, classes: Names, path: Path, title: str) -> 
         return _worst_pairs(counts, names, path, title)
     percent = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
     wrong = np.where(np.eye(len(counts), dtype=bool), np.nan, percent)
-    top = max(np.nanmax(wrong, initial=0), 1e-9)
+    top = np.nanmax(wrong, initial=0)
+    if top == 0:  # no mistakes: any scale
+        top = 1
     title = f"{title} ({counts.sum():,} images)"
     with drawing(path, 8.2, 7.2, title, names) as figure:
         axes = figure.subplots()

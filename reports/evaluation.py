@@ -276,7 +276,10 @@ def draw(
         figures.mistakes(images, labels, probabilities, splits.classes, path, name, calibrated)
 
     def curves(path: Path, name: str) -> None:
-        figures.curves(rows, path, name)
+        config = described["config"]
+        rounds = config.get("rounds") or 1
+        epochs_of_round = config["epochs"] // rounds if rounds > 1 else 0
+        figures.curves(rows, path, name, epochs_of_round)
 
     picture("confusion_matrix", figures.confusion_matrix, matrix, splits.classes)
     picture("mistakes", mistakes)

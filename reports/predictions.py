@@ -172,7 +172,7 @@ def classify(
         print(f"{names[each.file]:<{width}}  {guesses}", flush=True)
         table.add(_cell(str(each.file)), None, each.shares)
         if figure and len(drawn) < MOST_DRAWN:
-            given = pictures.load(each.file, 224, saved["config"].get("fit", "crop"))
+            given = pictures.whole(each.file, 224)
             heat = _heat(model, saved, each)
             drawn.append((names[each.file], given, each.seen, heat, likely))
     if drawn:

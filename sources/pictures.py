@@ -173,6 +173,26 @@ def load(path: Path, side: int = 32, fit: str = "crop") -> np.ndarray:
     return load_hashed(path, side, fit).square
 
 
+def whole(path: Path, longer_side: int) -> np.ndarray:
+    """Reads a picture as `load` does, but all of it, with its proportions.
+
+    Args:
+        path: the file.
+        longer_side: of the result, pixels.
+
+    Returns:
+        (H, W, 3) uint8.
+
+    Raises:
+        UnusableInput: see `load`.
+    """
+    read = load_hashed(path, longer_side, "pad")
+    width, height = _inside(read.size, longer_side)
+    left = (longer_side - width) // 2
+    top = (longer_side - height) // 2
+    return read.square[top : top + height, left : left + width]
+
+
 def load_hashed(path: Path, side: int, fit: str) -> Loaded:
     """As `load`, with the hash of the file's bytes, which are read once, and the picture's size."""
     try:

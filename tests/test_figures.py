@@ -71,6 +71,13 @@ def test_curves_show_what_the_history_holds(tmp_path, history, validated):
     assert shows(panels[2], figures.GREY)
 
 
+def test_curves_mark_where_a_training_begins_again(tmp_path):
+    for name, epochs_of_round in (("once.png", 0), ("again.png", 1)):
+        figures.curves(HISTORY, tmp_path / name, "a run", epochs_of_round)
+    greys = [count(pixels(tmp_path / name), figures.GREY) for name in ("once.png", "again.png")]
+    assert greys[1] > greys[0] + 100
+
+
 def test_confusion_matrix_colours_the_mistakes_on_their_own_scale(tmp_path):
     matrix = 990 * torch.eye(10, dtype=torch.int64)
     matrix[3, 5] = 10  # 1 % must be as dark as anything gets

@@ -331,6 +331,13 @@ def test_a_wide_picture_becomes_a_square_as_asked(tmp_path, fit, upper, middle, 
     for row, expected in ((2, upper), (15, middle)):
         found = [tuple(square[row, column].tolist()) for column in (4, 15, 25)]
         assert found == expected
+    given = pictures.whole(path, 60)
+    assert given.shape == (20, 60, 3)
+    assert [tuple(given[10, column].tolist()) for column in (8, 30, 50)] == [
+        (255, 0, 0),
+        (0, 0, 0),
+        (0, 0, 255),
+    ]
 
 
 def test_the_narrowest_picture_can_be_padded(tmp_path):
