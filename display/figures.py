@@ -49,7 +49,7 @@ def curves(history: Rows, path: Path, title: str, epochs_of_round: int = 0) -> N
     """Loss, accuracy and learning rate by epoch, as the rows of `history.csv` hold them.
 
     Values that are absent, empty or NaN are left out; one row at least. After so many epochs the
-    training began again from the same weights (`engine.train`, `rounds`); 0 if it never did.
+    training began again from the same weights (`engine.train`, `rounds`); 0 where it never did.
     """
     with drawing(path, 10, 4.3, title) as figure:
         loss, accuracy, rate = figure.subplots(1, 3, width_ratios=(4, 4, 3))

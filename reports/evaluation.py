@@ -277,8 +277,7 @@ def draw(
 
     def curves(path: Path, name: str) -> None:
         config = described["config"]
-        rounds = config.get("rounds") or 1
-        epochs_of_round = config["epochs"] // rounds if rounds > 1 else 0
+        epochs_of_round = config["epochs"] // config.get("rounds", 1)  # older runs have none
         figures.curves(rows, path, name, epochs_of_round)
 
     picture("confusion_matrix", figures.confusion_matrix, matrix, splits.classes)
