@@ -275,8 +275,11 @@ def by_number(settings: AnySettings, num_images: int) -> AnySettings:
         rounds = 1
         if settings.average != 0 and num_images < max(ROUNDS):
             rounds = next(number for below, number in ROUNDS.items() if num_images < below)
-        if chosen["epochs"] is not None:  # they divide them
-            rounds = max(n for n in range(1, rounds + 1) if chosen["epochs"] % n == 0)
+        epochs = chosen["epochs"]
+        if epochs is not None:  # they divide them, and average a step each
+            average = AVERAGE if settings.average is None else settings.average
+            while epochs % rounds or (rounds > 1 and average * (epochs // rounds) * num_steps < 1):
+                rounds -= 1
         chosen["rounds"] = rounds
     if "average" in chosen and chosen["average"] is None:
         chosen["average"] = AVERAGE if rounds > 1 else 0.0

@@ -1,6 +1,7 @@
 """What a run begins from: the data its settings name, and the weights."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -131,7 +132,7 @@ def settled(settings: recipes.AnySettings, num_images: int) -> recipes.AnySettin
             f"most {num_images}"
         )
     rounds = chosen.plain().get("rounds", 1)
-    steps_of_round = chosen.epochs / rounds * (num_images / chosen.batch_size)
+    steps_of_round = chosen.epochs // rounds * math.ceil(num_images / chosen.batch_size)
     if rounds > 1 and chosen.average * steps_of_round < 1:
         raise UnusableInput(
             f"--average {chosen.average:g}: is less than a step of a round; take more"

@@ -137,6 +137,8 @@ def test_large_pictures_show_resnet18_more_pixels(flags, median_side, expected):
         (finetune, "--epochs 1", 300, 32, 1, 1),
         (finetune, "--epochs 3", 300, 32, 3, 3),
         (finetune, "--epochs 10", 300, 32, 10, 2),
+        (finetune, "--epochs 4", 18, 18, 4, 2),
+        (finetune, "--epochs 1 --batch-size 4", 18, 4, 1, 1),
         (finetune, "--batch-size 100", 300, 100, 40, 4),
         (train_custom, "", 300, 32, 100, None),
         (train_custom, "", 50_000, 512, 20, None),
