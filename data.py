@@ -314,6 +314,7 @@ class TrainBatches:
         self.resizing = resizing
         self.num_epochs = num_epochs
         self.part = part
+        self.read_from = split.images  # what `_load` takes rows of, in any order
         stored = min(split.images.shape[1:3])
         self.reach = pixels(augmentation.translate, stored)
         self.hole = pixels(augmentation.cutout, stored)

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -31,6 +32,27 @@ def top1(logits: Tensor, labels: Tensor) -> float:
     """Share of images whose largest logit is that of their label."""
     _check(logits, labels)
     return (logits.argmax(1) == labels).double().mean().item()
+
+
+def wilson_interval(
+    share: np.ndarray | float, count: np.ndarray | float, deviations: float = 1.96
+) -> tuple[np.ndarray, np.ndarray]:
+    """Where a true share lies of which a sample is known (Wilson 1927), clear of 0 and 1 too.
+
+    The plain standard error would be 0 where all of three images are right.
+
+    Args:
+        share: in the sample.
+        count: of the sample, above 0.
+        deviations: of the normal distribution; 1.96 are 95 %, 1 is 68 %.
+
+    Returns:
+        The lower and the upper end, float64 of the shape of both.
+    """
+    inverse = deviations**2 / count
+    centre = (share + inverse / 2) / (1 + inverse)
+    half = deviations / (1 + inverse) * np.sqrt(share * (1 - share) / count + inverse / count / 4)
+    return centre - half, centre + half
 
 
 def confusion_matrix(logits: Tensor, labels: Tensor) -> Tensor:
@@ -137,11 +159,12 @@ def summarize(
         classes: C names.
 
     Returns:
-        `n` (images), `loss`, `top1`, `top1_tta`, `per_class` ({class: accuracy}, None for a class
-        without images), `by_class` ({class: its number of `images` and its scores of
-        `class_scores`}, scores None for a class that is neither there nor predicted), `macro` (the
-        scores' means over the other classes, as scikit-learn's macro averages), `ece`,
-        `temperature` and `ece_calibrated`; None for what is missing.
+        `n` (images), `loss`, `top1`, `top1_interval` (its 95 % interval, see `wilson_interval`),
+        `top1_tta`, `per_class` ({class: accuracy}, None for a class without images), `by_class`
+        ({class: its number of `images` and its scores of `class_scores`}, scores None for a class
+        that is neither there nor predicted), `macro` (the scores' means over the other classes, as
+        scikit-learn's macro averages), `ece`, `temperature` and `ece_calibrated`; None for what is
+        missing.
 
     Raises:
         UnusableInput: the logits are not all finite.
@@ -161,10 +184,12 @@ def summarize(
         row = {score: _plain(values[number]) for score, values in scores.items()}
         per_class[name] = row["recall"] if num_images[number] else None
         by_class[name] = {"images": num_images[number], **row}
+    accuracy = top1(logits, labels)
     return {
         "n": len(labels),
         "loss": F.cross_entropy(logits.double(), labels).item(),
-        "top1": top1(logits, labels),
+        "top1": accuracy,
+        "top1_interval": [float(end) for end in wilson_interval(accuracy, len(labels))],
         "top1_tta": None if logits_tta is None else top1(logits_tta, labels),
         "per_class": per_class,
         "by_class": by_class,

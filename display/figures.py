@@ -168,7 +168,7 @@ def mistakes(
         true = short(classes[labels[index]], 14)
         guess = short(classes[predicted[index]], 14)
         captions.append(f"{true} → {guess}\n{_percent(confidence[index].item())}")
-    note = ""
+    note = "there is nothing to show"
     if shown:
         note = f"the {len(shown)} surest: true → predicted, with its probability"
         if not calibrated:
@@ -317,13 +317,11 @@ def _reliability(
     count = bins.count[filled].numpy()
     confidence = bins.confidence[filled].numpy()
     accuracy = bins.accuracy[filled].numpy()
-    # Wilson's interval: unlike the plain standard error it is wide for 3 correct of 3.
-    shift = (0.5 - accuracy) / (count + 1)
-    spread = np.sqrt(accuracy * (1 - accuracy) * count + 0.25) / (count + 1)
+    low, high = metrics.wilson_interval(accuracy, count, deviations=1)
     diagram.errorbar(
         100 * confidence,
         100 * accuracy,
-        yerr=100 * np.maximum((spread - shift, spread + shift), 0),
+        yerr=100 * np.maximum((accuracy - low, high - accuracy), 0),
         color=colour,
         marker=marker,
         markersize=5,

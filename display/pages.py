@@ -201,7 +201,12 @@ def _tiles(
 ) -> dict[str, str]:
     """The large numbers of a run, by their names; without those that are not known."""
     last = history[-1] if history else {}
-    of = f" of {report['n']:,} images" if report.get("n") else ""
+    of = ""
+    if report.get("n"):
+        of = f" of {report['n']:,} images"
+        if report.get("top1_interval"):  # older reports have none
+            low, high = report["top1_interval"]
+            of += f", 95 % interval {100 * low:.1f} to {100 * high:.1f}"
     tiles = {
         f"test accuracy (%){of}": _fixed(report.get("top1"), 100),
         f"with TTA, {report.get('tta')} (%)": _fixed(report.get("top1_tta"), 100),

@@ -330,7 +330,11 @@ def class_lines(report: Row, width: int = 79) -> str:
 
 def summary(report: Row) -> str:
     """The figures of a test report as text for the terminal."""
-    lines = [f"top-1 accuracy    {100 * report['top1']:.2f} % of {report['n']:,} test images"]
+    low, high = report["top1_interval"]
+    lines = [
+        f"top-1 accuracy    {100 * report['top1']:.2f} % of {report['n']:,} test images",
+        f"  95 % interval   {100 * low:.2f} to {100 * high:.2f} %",
+    ]
     if report["top1_tta"] is not None:
         lines.append(f"  with TTA        {100 * report['top1_tta']:.2f} % ({report['tta']})")
     lines.append(f"macro F1          {_percent(report['macro']['f1'])} %")

@@ -98,7 +98,7 @@ class FeatureBatches(TrainBatches):
             num_epochs=batches.num_epochs,
             part=batches.part,
         )
-        self.features = features
+        self.read_from = features
 
     def _own(self, draws: Draws, rows: Tensor) -> Tensor:
         rank, count = self.part
@@ -107,7 +107,7 @@ class FeatureBatches(TrainBatches):
     def _load(self, draws: Draws, side: int) -> tuple[Tensor, Tensor]:
         labels = self.split.labels
         _, count = self.part
-        x = self.features[draws.chosen // count, draws.flipped.long()]
+        x = self.read_from[draws.chosen // count, draws.flipped.long()]
         return _to(x, labels.device), labels[send(draws.chosen, labels.device)]
 
 

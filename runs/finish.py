@@ -65,7 +65,12 @@ def finish(training: Training, model: nn.Module, splits: Splits, tta: str) -> No
     if report["top1_tta"] is not None:
         accuracy += f" ({100 * report['top1_tta']:.2f} % averaged over views, {tta})"
     accuracy += f", macro F1 {100 * report['macro']['f1']:.2f} %"
-    print(f"{accuracy}\n({report['n']:,} images, read once)", flush=True)
+    low, high = report["top1_interval"]
+    print(
+        f"{accuracy}\n({report['n']:,} images, read once; 95 % interval of the first figure "
+        f"{100 * low:.1f} to {100 * high:.1f} %)",
+        flush=True,
+    )
     print(evaluation.class_lines(report), flush=True)
     best_effort(
         evaluation.draw,

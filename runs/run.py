@@ -14,7 +14,7 @@ from config.recipes import BY_NUMBER, BY_SIDE, changed
 from config.settings import ABSENT, WITHOUT_EFFECT, Settings, flag, typed
 from data import Splits, TrainBatches
 from display.live import best_effort
-from errors import AlreadyFinished, Stopped, UnusableInput
+from errors import AlreadyFinished, Stopped, UnusableInput, printable
 from reports import evaluation, provenance
 from runs.loading import settle_precision
 from runtime import launch, processes
@@ -226,9 +226,14 @@ def _announce(run: Run, described: dict[str, Any]) -> None:
     sizes = described["splits"]
     counts = described["parameters"]
     side = described["image_size"]
+    weights = described["start_weights"]
+    begins_from = weights["source"]
+    if begins_from in ("file", "checkpoint"):
+        begins_from = printable(weights["file"])
     print(
         f"{run.name}: {described['arch']}, {counts['total']:,} parameters, "
         f"{counts['trainable']:,} of them train\n"
+        f"first weights: {begins_from}\n"
         f"epochs: {described['config']['epochs']}, input: {side}x{side} pixels\n"
         f"{sizes['train']:,} training, {sizes['val']:,} validation, {sizes['test']:,} test images\n"
         f"on {described['environment']['hardware']}\n"

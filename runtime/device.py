@@ -144,7 +144,7 @@ def _measure_rates(
                     continue
                 rates = {name: len(inputs) / min(times[1:]) for name, times in seconds.items()}
                 ratio = rates["bf16"] / rates["fp32"]
-                if ratio > 3 or ratio < 1 / 3:
+                if ratio > 2.5 or ratio < 1 / 2.5:
                     break  # no load beside it explains that
         finally:
             torch.set_num_threads(num_threads)

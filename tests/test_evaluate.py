@@ -57,6 +57,9 @@ def test_evaluation_repeats_the_numbers_of_the_training_on_all_test_images(run, 
     assert after["loss"] == pytest.approx(before["loss"])
     assert REPORT.with_name("config.json").read_bytes() == described
     assert f"{100 * after['top1']:.2f} % of 80 test images" in done.out
+    low, high = after["top1_interval"]
+    assert low < after["top1"] < high
+    assert f"95 % interval   {100 * low:.2f} to {100 * high:.2f} %" in done.out
     for words in ("airplane", "macro average"):
         assert words in done.out
     # Without views an earlier number over views stays; elsewhere config.json comes from the file.

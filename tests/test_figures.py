@@ -112,7 +112,7 @@ def test_mistakes_fit_their_number(tmp_path, num_mistakes):
     probabilities[:num_mistakes] = probabilities[:num_mistakes].roll(1, 1)
     path = tmp_path / "mistakes.png"
     figures.mistakes(IMAGES, LABELS, probabilities, CLASSES, path, "a-$long$-name-" * 8)
-    inches = {0: 2.6, 1: 2.8, 7: 4.8, 60: 10.8}[num_mistakes]  # 25 at most, 5 to a row
+    inches = {0: 2.8, 1: 2.8, 7: 4.8, 60: 10.8}[num_mistakes]  # 25 at most, 5 to a row
     assert pixels(path).shape[0] == pytest.approx(120 * inches, abs=1)
 
 

@@ -106,10 +106,22 @@ def test_few_validation_images_give_no_temperature():
     assert metrics.fit_temperature(logits[1:], labels[1:]) is None
 
 
+def test_the_interval_of_a_share_is_wide_for_few_images_and_stays_within_0_and_1():
+    # Of statsmodels' proportion_confint(8, 8, method="wilson").
+    low, high = metrics.wilson_interval(1.0, 8)
+    assert (low, high) == pytest.approx((0.6756, 1), abs=1e-4)
+    chance = torch.Generator().manual_seed(0)
+    for true, count in ((0.95, 20), (0.8, 100), (0.5, 10)):
+        hits = (torch.rand(4000, count, generator=chance) < true).double().mean(1).numpy()
+        low, high = metrics.wilson_interval(hits, count)
+        assert 0.92 < ((low <= true) & (true <= high)).mean() < 0.985
+
+
 def test_summary_is_strict_json_and_says_none_for_what_is_missing():
     summary = metrics.summarize(LOGITS, LABELS, None, classes=("a", "b", "c"))
     assert json.loads(json.dumps(summary, allow_nan=False)) == summary
     assert summary["n"] == 4
+    assert summary["top1_interval"] == pytest.approx([0.15, 0.85], abs=5e-4)  # R's prop.test
     assert summary["per_class"] == {"a": 0.5, "b": 0.5, "c": None}
     assert summary["by_class"]["c"] == {"images": 0, "precision": 0, "recall": 0, "f1": 0}
     assert summary["macro"] == pytest.approx({"precision": 0.5, "recall": 1 / 3, "f1": 7 / 18})
