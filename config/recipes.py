@@ -190,7 +190,7 @@ def finetune(given: dict[str, Any]) -> FineTuneSettings:
     """
     chosen = FineTuneSettings(**_unsettled(_finetune_defaults(given), given) | given)
     changes_input = any(getattr(chosen, name) for name in CHANGE_INPUT)
-    if chosen.cached and changes_input:
+    if chosen.cached and changes_input and chosen.unfreeze != "most":
         raise UnusableInput(
             "--translate, --cutout and --small-first change the input of the frozen part, whose "
             "output is kept: add --no-cache, or leave them out"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data import ChannelStats, Draws, Splits, TrainBatches, inputs, send
+from data import ChannelStats, Draws, Splits, TrainBatches, gather, inputs, pixels, send
 from engine import forward
 from runs.loading import Validation
 from runtime import launch, processes
@@ -41,7 +41,8 @@ def compute_features(
         mirrored: whether the mirrored variant is wanted too.
 
     Returns:
-        (N, 2, ...) float32 or bfloat16, variant 1 mirrored, or (N, 1, ...); on the CPU.
+        Maps (N, 2, H, W, C) or pooled values (N, 2, C), float32 or bfloat16, variant 1 mirrored; or
+        one variant, (N, 1, ...). On the CPU.
 
     Raises:
         OSError: they fit neither in memory nor on the disk.
@@ -54,6 +55,8 @@ def compute_features(
             variants = [x, x.flip(3)] if mirrored else [x]
             for number, variant in enumerate(variants):
                 outputs = forward(backbone, variant, precision)
+                if outputs.ndim == 4:
+                    outputs = outputs.permute(0, 2, 3, 1)  # as they lie in memory
                 if features is None:
                     shape = (len(images), len(variants), *outputs.shape[1:])
                     features = _allocate(shape, precision, scratch)
@@ -80,10 +83,13 @@ def _allocate(shape: tuple[int, ...], precision: str, scratch: Path) -> Tensor:
 class FeatureBatches(TrainBatches):
     """Cached features in the order, and with the flips, in which `batches` gives the images.
 
+    Where `batches` moves the images, their maps are moved here, by whole cells. But for the border
+    that is what a convolution makes of an image moved by as many strides.
+
     Of several processes each keeps, and trains on, every n-th image, n being their number.
 
     Args:
-        batches: of the images; without augmentation other than flips.
+        batches: of the images; without augmentation other than flips and, of maps, moves.
         features: of this process's images, from `compute_features`.
     """
 
@@ -99,6 +105,8 @@ class FeatureBatches(TrainBatches):
             part=batches.part,
         )
         self.read_from = features
+        if features.ndim == 5:
+            self.reach = pixels(batches.augmentation.translate, features.shape[2])  # cells
 
     def _own(self, draws: Draws, rows: Tensor) -> Tensor:
         rank, count = self.part
@@ -107,7 +115,14 @@ class FeatureBatches(TrainBatches):
     def _load(self, draws: Draws, side: int) -> tuple[Tensor, Tensor]:
         labels = self.split.labels
         _, count = self.part
-        x = self.read_from[draws.chosen // count, draws.flipped.long()]
+        num_variants = self.read_from.shape[1]
+        row = draws.chosen // count * num_variants + draws.flipped
+        features = self.read_from.flatten(0, 1)
+        if features.ndim == 4:
+            as_kept = torch.zeros_like(draws.flipped)
+            x = gather(features, row, as_kept, draws.shifts)
+        else:
+            x = features[row]
         return _to(x, labels.device), labels[send(draws.chosen, labels.device)]
 
 
@@ -151,5 +166,5 @@ def feature_inputs(features: Tensor, device: torch.device) -> Iterator[Tensor]:
 
 def _to(x: Tensor, device: torch.device) -> Tensor:
     if x.ndim == 4:
-        x = x.contiguous(memory_format=torch.channels_last)
+        x = x.permute(0, 3, 1, 2)  # channels_last in memory
     return send(x, device)

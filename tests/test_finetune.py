@@ -135,7 +135,7 @@ def test_cached_features_give_the_batches_the_uncached_backbone_gives(sample, tm
     plain = data.TrainBatches(split, IMAGENET_STATS, 64, augmentation=flips, seed=5)
     scratch = tmp_path / "r.pt"
     kept = features.compute_features(backbone, images, IMAGENET_STATS, 32, precision, scratch)
-    assert kept.shape[:3] == (320, 2, 8)
+    assert kept.shape == (320, 2, 15, 15, 8)
     cached = features.FeatureBatches(plain, kept)
     for epoch in (0, 1):
         for (x, labels), (feature, same) in zip(
@@ -145,6 +145,27 @@ def test_cached_features_give_the_batches_the_uncached_backbone_gives(sample, tm
             expected = engine.forward(backbone, x, precision).to(feature.dtype)
             tolerance = {"rtol": 1e-2, "atol": 1e-3} if precision == "bf16" else {}
             torch.testing.assert_close(feature, expected, **tolerance)
+
+
+def test_kept_maps_move_by_whole_cells_where_the_images_would_move_by_their_pixels(
+    sample, tmp_path
+):
+    images, labels = (torch.from_numpy(sample[f"train_{kind}"]) for kind in ("images", "labels"))
+    split = data.Split(images, labels.long())
+    moves = data.Augmentation("alternating", translate=4)
+    plain = data.TrainBatches(split, IMAGENET_STATS, 64, augmentation=moves, seed=5)
+    pooled = torch.nn.AvgPool2d(4)  # cells of 4x4 pixels
+    scratch = tmp_path / "r.pt"
+    kept = features.compute_features(pooled, images, IMAGENET_STATS, 32, "fp32", scratch)
+    batches = features.FeatureBatches(plain, kept)
+    for epoch in (0, 1):
+        draws = batches._draw(epoch)
+        assert draws.shifts.unique().tolist() == [-1, 0, 1]  # 4 / 32 of 8 cells
+        moved = data.gather(images, draws.chosen, draws.flipped, 4 * draws.shifts)
+        expected = pooled(data.normalize(moved, IMAGENET_STATS))
+        found = torch.cat([x for x, _ in batches.epoch(epoch)])
+        inside = (slice(None), slice(None), slice(1, -1), slice(1, -1))  # of the reflected border
+        torch.testing.assert_close(found[inside], expected[inside])
 
 
 def full_disk(*_):
@@ -250,9 +271,17 @@ def lively_weights(workplace, sample):
     return "lively.pth"
 
 
-@pytest.mark.parametrize("unfreeze", ["head", "last"])
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("head",),
+        ("last",),
+        ("most", "--translate", "0", "--rounds", "3", "--average", "0.6"),
+    ],
+    ids=["head", "last", "most"],
+)
 def test_the_cache_runs_the_backbone_twice_an_image_and_changes_no_bit(
-    run, monkeypatch, lively_weights, unfreeze
+    run, monkeypatch, lively_weights, more
 ):
     seen, forward = [], engine.forward
 
@@ -261,7 +290,8 @@ def test_the_cache_runs_the_backbone_twice_an_image_and_changes_no_bit(
         return forward(backbone, x, precision)
 
     monkeypatch.setattr(features, "forward", counted)
-    options = "--weights", lively_weights, "--dropout", "0", "--epochs", "3", "--unfreeze", unfreeze
+    options = "--weights", lively_weights, "--dropout", "0", "--epochs", "3"
+    options = (*options, "--unfreeze", *more)
     assert run(*TINY, *options, "--run-name", "without", "--no-cache").code == 0
     assert not seen
     assert run(*TINY, *options, "--run-name", "with").code == 0
