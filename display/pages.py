@@ -86,6 +86,7 @@ class Chart(NamedTuple):
     x_ticks: list[Tick]
     y_ticks: list[Tick]
     lines: list[Line]
+    marks: list[float]  # where a training begins again, per cent from the left
 
 
 class Point(NamedTuple):
@@ -158,7 +159,7 @@ def write(run_dir: Path, content: Row) -> None:
         note=content.get("note"),
         share_done=share_done,
         tiles=_tiles(content, report, history, steps),
-        charts=_charts(history, steps),
+        charts=_charts(history, steps, _begins(content, history)),
         scores=_scores(report),
         pictures={file: text for file, text in PICTURES.items() if (run_dir / file).exists()},
         not_calibrated=bool(report) and report.get("temperature") is None,
@@ -244,7 +245,21 @@ def _scores(report: Row) -> list[dict[str, Any]]:
     ]
 
 
-def _charts(history: Sequence[Row], steps: Sequence[Sequence[float]]) -> list[Chart]:
+def _begins(content: Row, history: Sequence[Row]) -> list[int]:
+    """After which epochs the training began again from its first weights."""
+    config = content.get("config") or {}
+    rounds = config.get("rounds") or 1
+    epochs = config.get("epochs") or 0
+    if rounds == 1 or not history:
+        return []
+    epochs_of_round = epochs // rounds
+    last = _number(history[-1]["epoch"])
+    return [epoch for epoch in range(epochs_of_round, epochs, epochs_of_round) if epoch <= last]
+
+
+def _charts(
+    history: Sequence[Row], steps: Sequence[Sequence[float]], begins: Sequence[int]
+) -> list[Chart]:
     """Loss, accuracy and learning rate: by epoch, by step until the first epoch has ended."""
     epochs_per_step = 1.0
     unit = "step"
@@ -264,25 +279,30 @@ def _charts(history: Sequence[Row], steps: Sequence[Sequence[float]]) -> list[Ch
         _chart(
             f"Loss (nats) by {unit}",
             {"step": losses, "train": column("train_loss"), "val": column("val_loss")},
+            begins,
         ),
         _chart(
             f"Accuracy (%) by {unit}",
             {"train": column("train_accuracy", 100), "val": column("val_accuracy", 100)},
+            begins,
         ),
-        _chart(f"Learning rate by {unit}", {"train": rates or column("lr")}),
+        _chart(f"Learning rate by {unit}", {"train": rates or column("lr")}, begins),
     ]
     return [chart for chart in charts if chart.lines]
 
 
-def _chart(heading: str, lines: dict[str, Points]) -> Chart:
-    """A chart of the lines that have a finite number; of none, it has no lines."""
+def _chart(heading: str, lines: dict[str, Points], begins: Sequence[float]) -> Chart:
+    """A chart of the lines that have a finite number; of none, it has no lines.
+
+    `begins` are the places on the x axis where a training began again.
+    """
     finite = {}
     for kind, line in lines.items():
         points = [(x, y) for x, y in line if abs(x) < LARGEST_DRAWN and abs(y) < LARGEST_DRAWN]
         if points:
             finite[kind] = points
     if not finite:
-        return Chart(heading, [], [], [])
+        return Chart(heading, [], [], [], [])
     x_axis = _linear_axis([x for line in finite.values() for x, _ in line])
     y_axis = _linear_axis([y for line in finite.values() for _, y in line])
     labels = {"step": "each step", "train": "training", "val": "validation"}
@@ -294,7 +314,8 @@ def _chart(heading: str, lines: dict[str, Points]) -> Chart:
         places = [f"{x_axis.from_left(x)},{y_axis.from_top(y)}" for x, y in twice]
         last = f"{line[-1][1]:.3g}"
         drawn.append(Line(kind, labels[kind], last, " ".join(places), alone=len(line) == 1))
-    return Chart(heading, _x_ticks(x_axis), _y_ticks(y_axis), drawn)
+    marks = [x_axis.from_left(x) for x in begins]
+    return Chart(heading, _x_ticks(x_axis), _y_ticks(y_axis), drawn, marks)
 
 
 def _plot(rows: Sequence[Row], usual: str | None) -> Plot:

@@ -98,6 +98,19 @@ def test_the_page_loads_itself_again_only_while_the_run_lives(tmp_path, status, 
     assert "if (updated && quiet < 900) setTimeout(() => location.reload()" in source
 
 
+@pytest.mark.parametrize(
+    ("rounds", "done", "marks"), [(1, 6, 0), (None, 6, 0), (3, 1, 0), (3, 4, 2), (3, 6, 2)]
+)
+def test_charts_mark_where_a_training_begins_again(tmp_path, rounds, done, marks):
+    config = {"epochs": 6, "rounds": rounds}
+    history = [VALIDATED | {"epoch": epoch, "step": 10 * epoch} for epoch in range(1, done + 1)]
+    reader = written(tmp_path, config=config, history=history)
+    drawn = [line for line in reader.all("line") if line.get("class") == "again"]
+    assert len(drawn) == 3 * marks  # of each chart
+    assert reader.texts.count("⋮ begins again") == (3 if marks else 0)
+    assert all(0 < float(line["x1"][:-1]) <= 100 for line in drawn)
+
+
 def test_nothing_comes_from_elsewhere_and_pictures_that_are_not_there_are_left_out(tmp_path):
     (tmp_path / "batch.png").write_bytes(b"PNG")
     (tmp_path / "mistakes.png").write_bytes(b"PNG")
