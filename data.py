@@ -251,7 +251,7 @@ class Draws(NamedTuple):
 
     chosen: Tensor  # (N,) int64 index of the image
     flipped: Tensor  # (N,) bool
-    shifts: Tensor  # (N, 2) int64, pixels down and right
+    shifts: Tensor  # (N, 2) int64, pixels, or cells of maps, down and right
     corners: Tensor  # (N, 2) int64, upper left of the blanked square
 
     def rows(self, index: Tensor) -> "Draws":
@@ -316,7 +316,7 @@ class TrainBatches:
         self.part = part
         self.read_from = split.images  # what `_load` takes rows of, in any order
         stored = min(split.images.shape[1:3])
-        self.reach = pixels(augmentation.translate, stored)
+        self.reach = min(pixels(augmentation.translate, stored), stored - 1)  # reflected once
         self.hole = pixels(augmentation.cutout, stored)
         self.num_images = len(split.labels)  # of an epoch
         self.num_steps = math.ceil(self.num_images / batch_size)  # of an epoch
@@ -410,7 +410,8 @@ def gather(images: Tensor, chosen: Tensor, flipped: Tensor, shifts: Tensor) -> T
         images: (N, H, W, C), any dtype.
         chosen: (B,) int64 indices into the first dimension.
         flipped: (B,) bool, True mirrors left to right.
-        shifts: (B, 2) int64, pixels down and right; what comes in is reflected at the border.
+        shifts: (B, 2) int64, pixels down and right, less than the side; what comes in is reflected
+            at the border.
 
     Returns:
         (B, H, W, C) of the same dtype.

@@ -125,7 +125,7 @@ def train(settings: FineTuneSettings, command: str) -> None:
         # What is frozen is computed once; then only the rest is left to train.
         trained = model
         begun_at = now(device)
-        if settings.cached:
+        if features.keeps(settings, len(splits.train.labels), device):
             backbone, trained = parts(model, settings.unfreeze)
             batches, validation = features.cached(
                 backbone, batches, splits, precision, claimed.checkpoint_path
@@ -141,9 +141,11 @@ def train(settings: FineTuneSettings, command: str) -> None:
         training = Training(
             claimed,
             described,
-            trained,
+            # With "most" a state holds the whole network: it can be evaluated.
+            model if settings.unfreeze == "most" else trained,
             optimizer,
             batches,
+            validated=trained,
             epochs=settings.epochs,
             save_every=settings.save_every,
             pictures=pictures,

@@ -37,9 +37,9 @@ def top1(logits: Tensor, labels: Tensor) -> float:
 def wilson_interval(
     share: np.ndarray | float, count: np.ndarray | float, deviations: float = 1.96
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Where a true share lies of which a sample is known (Wilson 1927), clear of 0 and 1 too.
+    """Where a true share lies of which a sample is known (Wilson 1927).
 
-    The plain standard error would be 0 where all of three images are right.
+    Unlike the plain standard error's it has a width where all of three images are right.
 
     Args:
         share: in the sample.
@@ -52,7 +52,7 @@ def wilson_interval(
     inverse = deviations**2 / count
     centre = (share + inverse / 2) / (1 + inverse)
     half = deviations / (1 + inverse) * np.sqrt(share * (1 - share) / count + inverse / count / 4)
-    return centre - half, centre + half
+    return np.maximum(centre - half, 0), np.minimum(centre + half, 1)  # but for rounding they are
 
 
 def confusion_matrix(logits: Tensor, labels: Tensor) -> Tensor:

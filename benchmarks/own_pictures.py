@@ -201,7 +201,7 @@ def stopped_after(
         folder = Path(place) / "checkpoints"
         state, _ = checkpoint.load_state(folder / "many.resume.pt")
         return {
-            "memory_limit": _limit(memory_group),
+            "memory_limit": limit_of(memory_group),
             "startup_seconds": round(first_step, 1),
             "images_per_second": round(
                 state["step"] * state["config"]["batch_size"] / state["spent"]["epoch"], 1
@@ -218,7 +218,7 @@ def _procs(memory_group: Path | None) -> str:
     return str(memory_group / "cgroup.procs") if memory_group else "/dev/null"
 
 
-def _limit(memory_group: Path | None) -> int | None:
+def limit_of(memory_group: Path | None) -> int | None:
     """Bytes that a group may take (control groups of version 1 and 2)."""
     if memory_group is None:
         return None

@@ -73,7 +73,8 @@ _FINE_TUNING: dict[str, Any] = {
     "cutout": 0,
     "val_fraction": 0.04,
 }
-# What changes with the part that trains: moved images have no output that could be kept.
+# What changes with the part that trains. With head and last the frozen part's output is kept: the
+# images stay in place.
 BY_PART: dict[str, dict[str, Any]] = {
     "head": {"epochs": 10, "lr": 1e-3, "translate": 0},
     "last": {"epochs": 5, "lr": 1e-3, "translate": 0},
@@ -118,7 +119,7 @@ AVERAGED = {"resnet18"}  # the networks that were found to gain by it
 LARGE_SIDE = {"resnet18": 192}  # of the input for pictures that are that large
 # Nothing to keep, more to learn.
 FROM_SCRATCH: dict[str, Any] = {"unfreeze": "all", "stage_lr_scale": 1.0, "epochs": 10}
-# These change the input of a frozen part, whose output could not be kept.
+# These change what the frozen part is shown, and are refused where its output is kept.
 CHANGE_INPUT = ("translate", "cutout", "small_first")
 
 # Settings whose default follows from the number of training images where these are one's own.
@@ -190,7 +191,7 @@ def finetune(given: dict[str, Any]) -> FineTuneSettings:
     """
     chosen = FineTuneSettings(**_unsettled(_finetune_defaults(given), given) | given)
     changes_input = any(getattr(chosen, name) for name in CHANGE_INPUT)
-    if chosen.cached and changes_input and chosen.unfreeze != "most":
+    if chosen.cached and changes_input:
         raise UnusableInput(
             "--translate, --cutout and --small-first change the input of the frozen part, whose "
             "output is kept: add --no-cache, or leave them out"

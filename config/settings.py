@@ -282,7 +282,9 @@ class FineTuneSettings(Settings):
         None, FIT, "share of the classifier's inputs left out at random", at_least=0, below=1
     )
     cache: bool = setting(
-        True, RARE, "head, last, and most in --rounds: keep the output of the frozen part"
+        True,
+        RARE,
+        "keep the output of the frozen part; of most only on a CPU, in --rounds, of few images",
     )
 
     def __post_init__(self) -> None:
@@ -301,15 +303,8 @@ class FineTuneSettings(Settings):
 
     @property
     def cached(self) -> bool:
-        """Whether the frozen part's output is kept.
-
-        That of fewer layers is large: it pays where images are few, which rounds are for. Its maps
-        are then moved in place of the images, see `runs.features.FeatureBatches`.
-        """
-        if self.unfreeze == "most":
-            in_rounds = self.rounds is not None and self.rounds > 1
-            return self.cache and in_rounds and not self.cutout
-        return self.cache and self.unfreeze in ("head", "last")
+        """Whether the frozen part's output is kept whatever the images; see `features.keeps`."""
+        return self.cache and self.unfreeze in ("head", "last")  # outputs of fewer layers are large
 
 
 # How the code behaved before a setting existed, for runs that were made without it.

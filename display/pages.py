@@ -250,11 +250,11 @@ def _begins(content: Row, history: Sequence[Row]) -> list[int]:
     config = content.get("config") or {}
     rounds = config.get("rounds") or 1
     epochs = config.get("epochs") or 0
-    if rounds == 1 or not history:
+    if rounds == 1 or epochs < rounds or not history:
         return []
     epochs_of_round = epochs // rounds
     last = _number(history[-1]["epoch"])
-    return [epoch for epoch in range(epochs_of_round, epochs, epochs_of_round) if epoch <= last]
+    return [epoch for epoch in range(epochs_of_round, epochs, epochs_of_round) if epoch < last]
 
 
 def _charts(

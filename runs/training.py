@@ -78,6 +78,7 @@ class Training:
         model: whose weights are saved; not wrapped by anything.
         optimizer: made by `optimizers.make_optimizer`.
         batches: what is learned from.
+        validated: what the validation images are shown to, by default the model.
         epochs: of the whole training.
         save_every: minutes between saved states, at most.
         pictures: of each split, where they are someone's own.
@@ -92,6 +93,7 @@ class Training:
         optimizer: torch.optim.Optimizer,
         batches: TrainBatches,
         *,
+        validated: nn.Module | None = None,
         epochs: int,
         save_every: float,
         pictures: dict[str, list[Picture]] | None = None,
@@ -100,6 +102,7 @@ class Training:
         self.run = run
         self.described = described
         self.model = model
+        self.validated = validated or model
         self.optimizer = optimizer
         self.batches = batches
         self.epochs = epochs
@@ -193,7 +196,7 @@ class Training:
         val_accuracy = None
         if validation:
             val_loss, val_accuracy = engine.evaluate(
-                self.model, validation.inputs(), validation.labels, self.precision
+                self.validated, validation.inputs(), validation.labels, self.precision
             )
             if not math.isfinite(val_loss):
                 raise FloatingPointError(f"validation loss not finite after epoch {at.epoch}")

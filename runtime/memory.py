@@ -18,6 +18,9 @@ _M_TRIM_THRESHOLD = -1
 _M_MMAP_MAX = -4
 _POSIX_MADV_RANDOM = 1  # of sys/mman.h, on Linux and macOS
 
+_READ_AHEAD = 128 * 1024  # bytes; Linux's default
+_in_files: list[range] = []  # the addresses of tensors that lie in a file
+
 
 def keep_freed_memory() -> None:
     """Lets this process keep the memory it frees, where the C library is glibc (Linux).
@@ -88,6 +91,7 @@ def allocate(
                 os.unlink(name)  # the mapping keeps the bytes alive
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(handle, 0, size)  # a full disk shows now, not as a crash later
+        _in_files.append(range(tensor.data_ptr(), tensor.data_ptr() + size))
         return tensor
     except OSError as error:
         raise OSError(
@@ -101,14 +105,17 @@ def allocate(
 def expect_random_reads(tensor: Tensor) -> None:
     """Tells the system that a tensor's rows will be read in any order, where it can be told.
 
-    Of a tensor in a file (see `allocate`) it would else read what surrounds a row as well, which
-    drives other rows out of memory: where half the file fits there, a batch came ten times slower.
-    Reading in order is slower from then on.
+    Of a tensor in a file it would else read what surrounds a row as well, which drives other rows
+    out of memory (`benchmarks/random_reads.py`). Reading in order is slower from then on, and so is
+    a row larger than what the system would read ahead.
 
     Args:
-        tensor: on any device; only where it lies in a file does anything change.
+        tensor: any; only where it lies in a file, see `allocate`, and its rows are small does
+            anything change.
     """
-    if tensor.device.type != "cpu" or tensor.numel() == 0:
+    if tensor.device.type != "cpu" or tensor[0].nbytes > _READ_AHEAD:
+        return
+    if not any(tensor.data_ptr() in addresses for addresses in _in_files):
         return
     try:
         advise = ctypes.CDLL(None).posix_madvise

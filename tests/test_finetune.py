@@ -147,12 +147,30 @@ def test_cached_features_give_the_batches_the_uncached_backbone_gives(sample, tm
             torch.testing.assert_close(feature, expected, **tolerance)
 
 
+@pytest.mark.parametrize(
+    ("flags", "num_images", "kind", "kept"),
+    [
+        ("--rounds 2 --average 0.6", 4999, "cpu", True),
+        ("--rounds 2 --average 0.6", 5000, "cpu", False),  # of CIFAR-10 25 GB in fp32
+        ("--rounds 2 --average 0.6", 4999, "cuda", False),
+        ("--rounds 2 --average 0.6 --no-cache", 4999, "cpu", False),
+        ("--rounds 2 --average 0.6 --cutout 4", 4999, "cpu", False),
+        ("", 4999, "cpu", False),
+        ("--unfreeze last", 50_000, "cuda", True),
+        ("--unfreeze all --rounds 2 --average 0.6", 300, "cpu", False),
+    ],
+)
+def test_large_maps_are_kept_of_few_images_alone(flags, num_images, kind, kept):
+    settings = finetune.parse(flags.split())
+    assert features.keeps(settings, num_images, torch.device(kind)) == kept
+
+
 def test_kept_maps_move_by_whole_cells_where_the_images_would_move_by_their_pixels(
     sample, tmp_path
 ):
     images, labels = (torch.from_numpy(sample[f"train_{kind}"]) for kind in ("images", "labels"))
     split = data.Split(images, labels.long())
-    moves = data.Augmentation("alternating", translate=4)
+    moves = data.Augmentation("alternating", translate=3)  # of 8 cells: 0.75, rounded
     plain = data.TrainBatches(split, IMAGENET_STATS, 64, augmentation=moves, seed=5)
     pooled = torch.nn.AvgPool2d(4)  # cells of 4x4 pixels
     scratch = tmp_path / "r.pt"
@@ -160,7 +178,7 @@ def test_kept_maps_move_by_whole_cells_where_the_images_would_move_by_their_pixe
     batches = features.FeatureBatches(plain, kept)
     for epoch in (0, 1):
         draws = batches._draw(epoch)
-        assert draws.shifts.unique().tolist() == [-1, 0, 1]  # 4 / 32 of 8 cells
+        assert draws.shifts.unique().tolist() == [-1, 0, 1]
         moved = data.gather(images, draws.chosen, draws.flipped, 4 * draws.shifts)
         expected = pooled(data.normalize(moved, IMAGENET_STATS))
         found = torch.cat([x for x, _ in batches.epoch(epoch)])
@@ -318,6 +336,10 @@ def test_finetuning_with_dropout_resumes_to_the_same_bits(run, signal_at, more, 
     assert run(*common, "halves").code == 143
     state, _ = checkpoint.load_state(Path("checkpoints/halves.resume.pt"))
     assert (state["epoch"], state["step"]) == place
+    if "most" in more:  # its state holds what does not train, too
+        done = run("evaluate", "checkpoints/halves.resume.pt")
+        assert (done.code, done.err) == (0, "")
+        assert "an unfinished run, after 1 of 3 epochs" in done.out
     assert run(*common, "halves", "--resume").code == 0
     assert outcome(".", "halves") == outcome(".", "whole")
 

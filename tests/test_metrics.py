@@ -1,6 +1,7 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -110,6 +111,9 @@ def test_the_interval_of_a_share_is_wide_for_few_images_and_stays_within_0_and_1
     # Of statsmodels' proportion_confint(8, 8, method="wilson").
     low, high = metrics.wilson_interval(1.0, 8)
     assert (low, high) == pytest.approx((0.6756, 1), abs=1e-4)
+    for share in (0.0, 1.0):
+        low, high = metrics.wilson_interval(share, np.arange(1, 2000))
+        assert 0 <= low.min() < high.max() <= 1
     chance = torch.Generator().manual_seed(0)
     for true, count in ((0.95, 20), (0.8, 100), (0.5, 10)):
         hits = (torch.rand(4000, count, generator=chance) < true).double().mean(1).numpy()

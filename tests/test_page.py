@@ -99,7 +99,7 @@ def test_the_page_loads_itself_again_only_while_the_run_lives(tmp_path, status, 
 
 
 @pytest.mark.parametrize(
-    ("rounds", "done", "marks"), [(1, 6, 0), (None, 6, 0), (3, 1, 0), (3, 4, 2), (3, 6, 2)]
+    ("rounds", "done", "marks"), [(1, 6, 0), (None, 6, 0), (3, 1, 0), (3, 4, 1), (3, 6, 2)]
 )
 def test_charts_mark_where_a_training_begins_again(tmp_path, rounds, done, marks):
     config = {"epochs": 6, "rounds": rounds}

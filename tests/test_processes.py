@@ -164,8 +164,8 @@ def fine_tuned(unfreeze, cached, num_images, batch_size):
     model = models.create_model("mobilenet_v3_small", {"image_size": 32}, 10).double()
     freeze(model, unfreeze)
     backbone, tail = parts(model, unfreeze)
-    flipped = data.Augmentation("alternating")
-    batches = data.TrainBatches(split, stats, batch_size, augmentation=flipped, **part())
+    augmentation = data.Augmentation("alternating", translate=4 if unfreeze == "most" else 0)
+    batches = data.TrainBatches(split, stats, batch_size, augmentation=augmentation, **part())
     if not cached:
         return learn(model, model, batches, "adamw")
     mine = split.images[launch.RANK :: launch.WORLD_SIZE]
@@ -179,6 +179,7 @@ TRAININGS = {
     "mobilenet": (fine_tuned, "last", False, 40, 13),
     # Of four images a batch, some processes' share is none.
     "mobilenet, cached": (fine_tuned, "last", True, 22, 4),
+    "mobilenet, cached maps that move": (fine_tuned, "most", True, 22, 8),
 }
 
 
