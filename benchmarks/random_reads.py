@@ -6,6 +6,7 @@ parts of the file; without one they are in memory.
 """
 
 import multiprocessing
+import os
 import sys
 import time
 from pathlib import Path
@@ -68,6 +69,16 @@ def read(
     }
 
 
+def read_ahead(folder: Path) -> int | None:
+    """KB that Linux reads beyond what is asked for, on the disk of a folder."""
+    device = folder.stat().st_dev
+    block = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}").resolve()
+    for place in (block, block.parent):  # a partition's are those of its disk
+        if (place / "queue/read_ahead_kb").exists():
+            return int((place / "queue/read_ahead_kb").read_text())
+    return None
+
+
 def main() -> None:
     """The command line."""
     parser = common.parser(__file__, __doc__, "cpu")
@@ -84,7 +95,8 @@ def main() -> None:
             arguments = (args.squares, args.batches, group, told, args.output)
             rows.append(pool.apply(read, arguments))
         print(rows[-1], flush=True)
-        common.write(args, {"batch_size": BATCH, "rows": rows})
+        figures = {"batch_size": BATCH, "read_ahead_kb": read_ahead(args.output.parent)}
+        common.write(args, figures | {"rows": rows})
 
 
 if __name__ == "__main__":
