@@ -1,7 +1,7 @@
 """From arrays of pictures to augmented, normalised batches that already lie on the device."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -314,7 +314,8 @@ class TrainBatches:
         self.resizing = resizing
         self.num_epochs = num_epochs
         self.part = part
-        self.read_from = split.images  # what `_load` takes rows of, in any order
+        self.read_from = split.images  # the rows of a batch are taken out of it
+        self.begin_reading: Callable[[Tensor], None] | None = None  # may be told them before
         stored = min(split.images.shape[1:3])
         self.reach = min(pixels(augmentation.translate, stored), stored - 1)  # reflected once
         self.hole = pixels(augmentation.cutout, stored)
@@ -375,6 +376,8 @@ class TrainBatches:
 
     def _load(self, draws: Draws, side: int) -> tuple[Tensor, Tensor]:
         images, labels = self.split
+        if self.begin_reading:
+            self.begin_reading(draws.chosen)
         draws = draws.to(labels.device)
         x = normalize(gather(images, draws.chosen, draws.flipped, draws.shifts), self.stats)
         if self.hole:

@@ -1,4 +1,4 @@
-"""How soon a batch is there of pictures that lie in a file, told and not told how it is read.
+"""How soon a batch of pictures in a file is there, where the system is told what is read or not.
 
 Each row is a process of its own: squares of 128 pixels are allocated as a training does it, filled,
 and batches of them taken in shuffled order. A control group of Linux limits the memory that holds
@@ -34,7 +34,7 @@ def read(
         count: squares.
         num_batches: that are taken and timed, after as many that are not.
         group: control group that the process enters; None for no limit and no file.
-        told: whether the system is told that reads are random.
+        told: whether the system is told what is read, as a training tells it.
         scratch: beside which path the file goes.
 
     Returns:
@@ -49,14 +49,15 @@ def read(
     noise = torch.randint(0, 256, (1000, SIDE, SIDE, 3), dtype=torch.uint8)
     for part in squares.split(1000):
         part.copy_(noise[: len(part)])
-    if told:
-        memory.expect_random_reads(squares)
+    begin_reading = memory.random_reads(squares) if told else None
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
     plain = torch.zeros(BATCH, dtype=torch.bool)
     unmoved = torch.zeros(BATCH, 2, dtype=torch.int64)
     seconds = []
     for rows in order.split(BATCH)[: 2 * num_batches]:
         begin = time.perf_counter()
+        if begin_reading:
+            begin_reading(rows)
         gather(squares, rows, plain, unmoved)
         seconds.append(time.perf_counter() - begin)
     timed = [1000 * one for one in seconds[num_batches:]]

@@ -137,6 +137,8 @@ class FeatureBatches(TrainBatches):
     def _load(self, draws: Draws, side: int) -> tuple[Tensor, Tensor]:
         labels = self.split.labels
         _, count = self.part
+        if self.begin_reading:
+            self.begin_reading(draws.chosen // count)
         num_variants = self.read_from.shape[1]
         row = draws.chosen // count * num_variants + draws.flipped
         features = self.read_from.flatten(0, 1)

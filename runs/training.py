@@ -24,7 +24,7 @@ from runs.loading import Validation
 from runs.run import Run, resume_command
 from runtime import launch, processes, signals
 from runtime.device import now, rng_state, set_rng_state
-from runtime.memory import expect_random_reads
+from runtime.memory import random_reads
 from sources.known_pictures import known
 from sources.picture_folder import Picture
 from storage import checkpoint, history
@@ -141,7 +141,7 @@ class Training:
         elif self.progress.epoch or self.progress.step:
             print(f"resumed in {_place(self.progress)}", flush=True)
         print(history.HEADER, flush=True)
-        expect_random_reads(self.batches.read_from)
+        self.batches.begin_reading = random_reads(self.batches.read_from)
         self.stopwatch.start()
         self.started_at = time.perf_counter()
         self.saved_at = time.perf_counter()

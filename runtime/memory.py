@@ -4,7 +4,7 @@ import ctypes
 import mmap
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -16,9 +16,10 @@ from runtime import launch
 # Of glibc's malloc.h.
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_MAX = -4
-_POSIX_MADV_RANDOM = 1  # of sys/mman.h, on Linux and macOS
+# Of sys/mman.h, on Linux and macOS.
+_POSIX_MADV_RANDOM = 1
+_POSIX_MADV_WILLNEED = 3
 
-_READ_AHEAD = 128 * 1024  # bytes; Linux's default
 _in_files: list[range] = []  # the addresses of tensors that lie in a file
 
 
@@ -102,29 +103,41 @@ def allocate(
         os.close(handle)
 
 
-def expect_random_reads(tensor: Tensor) -> None:
-    """Tells the system that a tensor's rows will be read in any order, where it can be told.
+def random_reads(tensor: Tensor) -> Callable[[Tensor], None] | None:
+    """Prepares a tensor that lies in a file for reading its rows in any order.
 
-    Of a tensor in a file it would else read what surrounds a row as well, which drives other rows
-    out of memory (`benchmarks/random_reads.py`). Reading in order is slower from then on, and so is
-    a row larger than what the system would read ahead.
+    Left alone, the system reads what surrounds a row as well, which drives other rows out of
+    memory, and a row's pages one after the other (`benchmarks/random_reads.py`). To read the tensor
+    in order is slower from then on.
 
     Args:
-        tensor: any; only where it lies in a file, see `allocate`, and its rows are small does
-            anything change.
+        tensor: any.
+
+    Returns:
+        A function that lets the system begin to read some rows, whose indices (B,) int64 it takes.
+        None where there is nothing to do: the tensor is in memory, or the system takes no advice.
     """
-    if tensor.device.type != "cpu" or tensor[0].nbytes > _READ_AHEAD:
-        return
-    if not any(tensor.data_ptr() in addresses for addresses in _in_files):
-        return
-    try:
-        advise = ctypes.CDLL(None).posix_madvise
-    except (AttributeError, TypeError):  # another system
-        return
     begin = tensor.data_ptr()
-    into_page = begin % mmap.PAGESIZE
-    size = tensor.numel() * tensor.element_size() + into_page
-    advise(ctypes.c_void_p(begin - into_page), ctypes.c_size_t(size), _POSIX_MADV_RANDOM)
+    if not any(begin in addresses for addresses in _in_files):
+        return None
+    try:
+        posix_madvise = ctypes.CDLL(None).posix_madvise
+    except (AttributeError, TypeError):  # another system
+        return None
+
+    def advise(begin: int, size: int, advice: int) -> None:
+        into_page = begin % mmap.PAGESIZE
+        address = ctypes.c_void_p(begin - into_page)
+        posix_madvise(address, ctypes.c_size_t(size + into_page), advice)
+
+    advise(begin, tensor.nbytes, _POSIX_MADV_RANDOM)
+    row_size = tensor[0].nbytes
+
+    def begin_reading(rows: Tensor) -> None:
+        for row in rows.tolist():
+            advise(begin + row * row_size, row_size, _POSIX_MADV_WILLNEED)
+
+    return begin_reading
 
 
 def _control_groups(root: Path) -> Iterator[Path]:
