@@ -126,7 +126,8 @@ class FeatureBatches(TrainBatches):
             num_epochs=batches.num_epochs,
             part=batches.part,
         )
-        self.read_from = features
+        self.num_variants = features.shape[1]
+        self.read_from = features.flatten(0, 1)
         if features.ndim == 5:
             self.reach = _cells(batches.augmentation.translate, features.shape[2])
 
@@ -137,16 +138,14 @@ class FeatureBatches(TrainBatches):
     def _load(self, draws: Draws, side: int) -> tuple[Tensor, Tensor]:
         labels = self.split.labels
         _, count = self.part
+        rows = draws.chosen // count * self.num_variants + draws.flipped
         if self.begin_reading:
-            self.begin_reading(draws.chosen // count)
-        num_variants = self.read_from.shape[1]
-        row = draws.chosen // count * num_variants + draws.flipped
-        features = self.read_from.flatten(0, 1)
-        if features.ndim == 4:
+            self.begin_reading(rows)
+        if self.read_from.ndim == 4:
             as_kept = torch.zeros_like(draws.flipped)
-            x = gather(features, row, as_kept, draws.shifts)
+            x = gather(self.read_from, rows, as_kept, draws.shifts)
         else:
-            x = features[row]
+            x = self.read_from[rows]
         return _to(x, labels.device), labels[send(draws.chosen, labels.device)]
 
 

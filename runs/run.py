@@ -227,9 +227,7 @@ def _announce(run: Run, described: dict[str, Any]) -> None:
     counts = described["parameters"]
     side = described["image_size"]
     weights = described["start_weights"]
-    begins_from = weights["source"]
-    if begins_from in ("file", "checkpoint"):
-        begins_from = printable(weights["file"])
+    begins_from = printable(weights.get("file", weights["source"]))  # its source may be long
     print(
         f"{run.name}: {described['arch']}, {counts['total']:,} parameters, "
         f"{counts['trainable']:,} of them train\n"

@@ -312,7 +312,8 @@ def test_the_cache_runs_the_backbone_twice_an_image_and_changes_no_bit(
     options = (*options, "--unfreeze", *more)
     assert run(*TINY, *options, "--run-name", "without", "--no-cache").code == 0
     assert not seen
-    assert run(*TINY, *options, "--run-name", "with").code == 0
+    done = run(*TINY, *options, "--run-name", "with")
+    assert (done.code, f"first weights: {lively_weights}\n" in done.out) == (0, True)
     splits = json.loads(Path("results/with/config.json").read_text())["splits"]
     assert sum(seen) == 2 * splits["train"] + splits["val"]
     assert len({row["train_loss"] for row in rows(Path("results/with"))}) == 3
