@@ -179,7 +179,7 @@ TRAININGS = {
     "mobilenet": (fine_tuned, "last", False, 40, 13),
     # Of four images a batch, some processes' share is none.
     "mobilenet, cached": (fine_tuned, "last", True, 22, 4),
-    "mobilenet, cached maps that move": (fine_tuned, "most", True, 22, 8),
+    "mobilenet, cached maps that move": (fine_tuned, "most", True, 10, 5),
 }
 
 
