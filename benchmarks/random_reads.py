@@ -2,7 +2,8 @@
 
 Each row is a process of its own: squares of 128 pixels are allocated as a training does it, filled,
 and batches of them taken in shuffled order. A control group of Linux limits the memory that holds
-parts of the file; without one they are in memory.
+parts of the file; without one they are in memory. How far the disk reads ahead is the system's
+(`/sys/block/DISK/queue/read_ahead_kb`) and stands in the result.
 """
 
 import multiprocessing

@@ -45,11 +45,11 @@ Rows = Sequence[Mapping[str, Any]]
 _boxes_said: list[frozenset[str]] = []  # characters that no font has; said of the first alone
 
 
-def curves(history: Rows, path: Path, title: str, epochs_of_round: int = 0) -> None:
+def curves(history: Rows, path: Path, title: str, begins: Sequence[int] = ()) -> None:
     """Loss, accuracy and learning rate by epoch, as the rows of `history.csv` hold them.
 
-    Values that are absent, empty or NaN are left out; one row at least. After so many epochs the
-    training began again from the same weights (`engine.train`, `rounds`); 0 where it never did.
+    Values that are absent, empty or NaN are left out; one row at least. `begins` are the epochs
+    after which the training began again, see `history.begins_again`.
     """
     with drawing(path, 10, 4.3, title) as figure:
         loss, accuracy, rate = figure.subplots(1, 3, width_ratios=(4, 4, 3))
@@ -70,9 +70,8 @@ def curves(history: Rows, path: Path, title: str, epochs_of_round: int = 0) -> N
         for name, axes in panels.items():
             tidy(axes, title=name, xlabel="epoch", xlim=(0.5, last_epoch + 0.5))
             axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
-            if epochs_of_round:
-                for epoch in range(epochs_of_round, int(last_epoch), epochs_of_round):
-                    axes.axvline(epoch + 0.5, color=GREY, linestyle=":", label=AGAIN)
+            for epoch in begins:
+                axes.axvline(epoch + 0.5, color=GREY, linestyle=":", label=AGAIN)
         # Below the panels: inside them it would cover the lines of a short training.
         lines, labels = accuracy.get_legend_handles_labels()
         of_label = dict(zip(labels, lines, strict=True))  # each once

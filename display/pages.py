@@ -18,7 +18,7 @@ from markupsafe import Markup
 import metrics
 from errors import printable
 from storage.files import write_atomically
-from storage.history import minutes
+from storage.history import begins_again, minutes
 
 Row = Mapping[str, Any]
 Points = list[tuple[float, float]]
@@ -159,7 +159,7 @@ def write(run_dir: Path, content: Row) -> None:
         note=content.get("note"),
         share_done=share_done,
         tiles=_tiles(content, report, history, steps),
-        charts=_charts(history, steps, _begins(content, history)),
+        charts=_charts(history, steps, begins_again(content.get("config") or {}, history)),
         scores=_scores(report),
         pictures={file: text for file, text in PICTURES.items() if (run_dir / file).exists()},
         not_calibrated=bool(report) and report.get("temperature") is None,
@@ -243,18 +243,6 @@ def _scores(report: Row) -> list[dict[str, Any]]:
         }
         for name, scores in rows
     ]
-
-
-def _begins(content: Row, history: Sequence[Row]) -> list[int]:
-    """After which epochs the training began again from its first weights."""
-    config = content.get("config") or {}
-    rounds = config.get("rounds") or 1
-    epochs = config.get("epochs") or 0
-    if rounds == 1 or epochs < rounds or not history:
-        return []
-    epochs_of_round = epochs // rounds
-    last = _number(history[-1]["epoch"])
-    return [epoch for epoch in range(epochs_of_round, epochs, epochs_of_round) if epoch < last]
 
 
 def _charts(

@@ -276,9 +276,7 @@ def draw(
         figures.mistakes(images, labels, probabilities, splits.classes, path, name, calibrated)
 
     def curves(path: Path, name: str) -> None:
-        config = described["config"]
-        epochs_of_round = config["epochs"] // config.get("rounds", 1)  # older runs have none
-        figures.curves(rows, path, name, epochs_of_round)
+        figures.curves(rows, path, name, history.begins_again(described["config"], rows))
 
     picture("confusion_matrix", figures.confusion_matrix, matrix, splits.classes)
     picture("mistakes", mistakes)

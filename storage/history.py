@@ -1,9 +1,9 @@
 """The history of a training: a row of numbers an epoch, in history.csv and on the screen."""
 
 import csv
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from storage.files import write_atomically
 
@@ -33,6 +33,22 @@ HEADER = (
     f"{'epoch':>7} {'lr':>7} {'train loss':>10} {'acc':>7} {'val loss':>8} {'acc':>7}"
     f" {'img/s':>7} {'elapsed':>7} {'left':>7}"
 )
+
+
+def begins_again(config: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> list[int]:
+    """The epochs after which a training began again from its first weights (`engine.train`).
+
+    Args:
+        config: a run's settings; older runs have no `rounds`.
+        history: its rows, as text or as numbers.
+    """
+    rounds = config.get("rounds") or 1
+    epochs = config.get("epochs") or 0
+    if rounds == 1 or epochs < rounds or not history:
+        return []
+    last_epoch = min(epochs, int(float(history[-1]["epoch"])))
+    epochs_of_round = epochs // rounds
+    return list(range(epochs_of_round, last_epoch, epochs_of_round))
 
 
 def line(history: Sequence[Row], epochs: int, seconds_left: float) -> str:

@@ -72,8 +72,8 @@ def test_curves_show_what_the_history_holds(tmp_path, history, validated):
 
 
 def test_curves_mark_where_a_training_begins_again(tmp_path):
-    for name, epochs_of_round in (("once.png", 0), ("again.png", 1)):
-        figures.curves(HISTORY, tmp_path / name, "a run", epochs_of_round)
+    for name, begins in (("once.png", []), ("again.png", [1])):
+        figures.curves(HISTORY, tmp_path / name, "a run", begins)
     greys = [count(pixels(tmp_path / name), figures.GREY) for name in ("once.png", "again.png")]
     assert greys[1] > greys[0] + 100
 
